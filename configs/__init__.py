@@ -1,0 +1,1 @@
+"""Run configurations: data only, nothing here imports the rest of the package."""

@@ -1,0 +1,55 @@
+"""Keys and values of tokens already read: a shared prefix of one row, and a per-row cache.
+
+The prefix is what every row has in common (an AV prompt up to its marker); it is computed once per parameter update.
+The cache holds each row's own tokens after the prefix, in slots; it is allocated once, carried through the decode
+loop and updated in place, never passed as scanned inputs and outputs (that would copy it every step).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from nla_jax.models.config import ModelConfig
+
+
+@struct.dataclass
+class Prefix:
+    """Keys and values [L, P, K, H] of P tokens at positions 0..P-1, shared by all rows."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def length(self) -> int:
+        return self.k.shape[1]
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values [L, B, S, K, H]; slot s of every row is the token at position prefix length + s."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[2]
+
+
+def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+    """A cache of `slots` tokens for each of `batch` rows, zeroed."""
+    shape = (cfg.n_layers, batch, slots, cfg.n_kv_heads, cfg.head_dim)
+    return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def repeat_rows(cache: Cache, samples: int, slots: int) -> Cache:
+    """Each row `samples` times in a row, with room for `slots` tokens: a group's samples share one prefill."""
+    L, B, S, K, H = cache.k.shape
+
+    def grow(x: jax.Array) -> jax.Array:
+        x = jnp.broadcast_to(x[:, :, None], (L, B, samples, S, K, H)).reshape(L, B * samples, S, K, H)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, slots - S), (0, 0), (0, 0)))
+
+    return Cache(k=grow(cache.k), v=grow(cache.v))

@@ -1,0 +1,95 @@
+"""Norms, rotary embeddings, the gated MLP, embedding and unembedding: pure functions over arrays.
+
+Norms, rotary angles and soft-caps are computed in float32 whatever the dtype of the activations: squares and
+exponentials of bfloat16 values lose the digits that the comparison with Hugging Face is made on.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax.models.config import ModelConfig, RopeSpec
+
+
+def precision_of(dtype) -> jax.lax.Precision:
+    """Float32 products stay float32: TPUs and GPUs would otherwise round their inputs to bfloat16 or TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def linear(x_BxTxI: jax.Array, w_IxO: jax.Array, b_O: jax.Array | None = None) -> jax.Array:
+    """x @ w (+ b), at the precision of x."""
+    y = jnp.matmul(x_BxTxI, w_IxO, precision=precision_of(x_BxTxI.dtype))
+    return y if b_O is None else y + b_O[None, None, :]
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, plus_one: bool) -> jax.Array:
+    """x / rms(x) over the last axis, times the weight, or times 1 + weight where `plus_one` (Gemma).
+
+    Gemma multiplies in float32 and rounds once; the others round first, as Hugging Face does."""
+    weight = jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    if plus_one:
+        return (y * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return weight * y.astype(x.dtype)
+
+
+def inverse_frequencies(spec: RopeSpec, head_dim: int) -> np.ndarray:
+    """Angular frequencies [head_dim/2] in radians per token, float32. llama3: Llama 3.1 model card's formula."""
+    inv = 1.0 / (np.float32(spec.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)))
+    if spec.kind == "linear":
+        inv = inv / np.float32(spec.factor)
+    elif spec.kind == "llama3":
+        wavelength = 2 * np.pi / inv
+        longest, shortest = spec.original_len / spec.low_freq_factor, spec.original_len / spec.high_freq_factor
+        smooth = (spec.original_len / wavelength - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+        blended = (1 - smooth) * inv / spec.factor + smooth * inv
+        inv = np.where(wavelength > longest, inv / spec.factor, np.where(wavelength < shortest, inv, blended))
+    return inv.astype(np.float32)
+
+
+def rope_tables(positions_T: jax.Array, spec: RopeSpec, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [T, head_dim/2] in float32 for integer positions."""
+    angles = positions_T.astype(jnp.float32)[:, None] * inverse_frequencies(spec, head_dim)[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BxTxNxH: jax.Array, cos_TxH2: jax.Array, sin_TxH2: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + H/2) of each head, Hugging Face's pairing."""
+    cos, sin = cos_TxH2[None, :, None, :].astype(x_BxTxNxH.dtype), sin_TxH2[None, :, None, :].astype(x_BxTxNxH.dtype)
+    x1, x2 = jnp.split(x_BxTxNxH, 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap): keeps |x| under `cap` (Gemma 2)."""
+    return x if cap is None else jnp.tanh(x / cap) * cap
+
+
+def activate(x: jax.Array, name: str) -> jax.Array:
+    """The MLP's non-linearity by its name in `ModelConfig.activation`."""
+    if name == "silu":
+        return jax.nn.silu(x)
+    if name == "relu":
+        return jax.nn.relu(x)
+    return jax.nn.gelu(x, approximate=name == "gelu_tanh")
+
+
+def embed(params, tokens_BxT: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Token embeddings [B, T, D]; Gemma's are multiplied by sqrt(D), rounded to the parameters' dtype first."""
+    x = jnp.take(params.embed, tokens_BxT, axis=0)
+    if cfg.scale_embeddings:
+        x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
+    return x
+
+
+def unembed(params, x_BxTxD: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Final norm, vocabulary projection and soft-cap: float32 logits [B, T, V]."""
+    x = rms_norm(x_BxTxD, params.final_norm, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
+    if params.lm_head is None:
+        logits = jnp.einsum("btd,vd->btv", x, params.embed, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+    else:
+        logits = jnp.einsum("btd,dv->btv", x, params.lm_head, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+    return soft_cap(logits, cfg.logit_softcap)

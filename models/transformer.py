@@ -1,0 +1,158 @@
+"""embed -> blocks -> residual stream or logits, with an optional shared prefix and key/value cache.
+
+All blocks run in one `lax.scan` over their index, reading their slice of the stacked parameters: one compiled body
+whatever the depth, and a trunk of n blocks costs n blocks. Block-to-block differences (window, rotary table) are
+small scanned arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nla_jax.models.attention import AttnSpec, attend
+from nla_jax.models.cache import Cache, Prefix
+from nla_jax.models.config import ModelConfig
+from nla_jax.models.errors import InputError
+from nla_jax.models.layers import activate, apply_rope, embed, linear, rms_norm, rope_tables, unembed
+from nla_jax.models.params import Layers, Params
+
+
+def forward(params: Params, tokens_BxT: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Logits float32 [B, T, V] of right-padded token ids; padding after a row's end cannot change earlier logits."""
+    x = run_blocks(params, embed(params, jnp.asarray(tokens_BxT), cfg), cfg)[0]
+    return unembed(params, x, cfg)
+
+
+def residual(params: Params, tokens_BxT: jax.Array, cfg: ModelConfig, layer: int) -> jax.Array:
+    """The residual stream [B, T, D] after block `layer` (0-based; Hugging Face's hidden_states[layer + 1]).
+
+    Only `layer` + 1 blocks are computed. The last block's value is the raw stream, before the final norm."""
+    if not 0 <= layer < cfg.n_layers:
+        raise InputError("layer", expected=f"0..{cfg.n_layers - 1}", got=layer, fix="layers count from 0: block K")
+    return run_blocks(params, embed(params, jnp.asarray(tokens_BxT), cfg), cfg, n_layers=layer + 1)[0]
+
+
+def residuals(params: Params, tokens_BxT: jax.Array, cfg: ModelConfig, layers: tuple[int, ...]) -> jax.Array:
+    """The residual streams [len(layers), B, T, D] after several blocks, in one pass of max(layers) + 1 blocks."""
+    x = embed(params, jnp.asarray(tokens_BxT), cfg)
+    wanted = np.asarray(layers)
+    kept = jnp.zeros((len(layers), *x.shape), x.dtype)
+
+    def keep(layer: jax.Array, x: jax.Array, kept: jax.Array) -> jax.Array:
+        return jnp.where((wanted == layer)[:, None, None, None], x[None], kept)
+
+    return run_blocks(params, x, cfg, n_layers=max(layers) + 1, tap=(keep, kept))[2]
+
+
+def run_blocks(
+    params: Params,
+    x_BxTxD: jax.Array,
+    cfg: ModelConfig,
+    *,
+    n_layers: int | None = None,
+    start: jax.Array | int = 0,
+    prefix: Prefix | None = None,
+    cache: Cache | None = None,
+    edit: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    tap: tuple[Callable[..., Any], Any] | None = None,
+    keep_kv: bool = False,
+    remat: bool = False,
+) -> tuple[jax.Array, Cache | None, Any]:
+    """Runs the first `n_layers` blocks (all by default); returns the stream, the updated cache, the tap's state.
+
+    Without a cache, the T tokens are the whole sequence after the prefix. With one, they are written to slots
+    `start` .. start + T - 1 and attend to everything before them. `edit(layer, x)` may change the stream after a
+    block (steering, norm-matched injection); `tap = (fn, state)` folds `state = fn(layer, x, state)` over blocks.
+    `keep_kv` returns the T tokens' own keys and values as the cache, for use as a prefix or a prefill. `remat` recomputes each block in the backward pass instead of keeping its insides.
+    """
+    n_layers = cfg.n_layers if n_layers is None else n_layers
+    T = x_BxTxD.shape[1]
+    first = 0 if prefix is None else prefix.length
+    positions = first + start + jnp.arange(T)
+    tables = _tables(positions, cfg)
+    windows = jnp.asarray(cfg.windows, jnp.int32)
+    slots = T if cache is None else cache.slots
+    # Unfilled slots stand after every query, so causality alone hides them.
+    key_pos = positions if cache is None else first + jnp.arange(slots)
+    tap_fn, tap_state = tap if tap is not None else (None, None)
+    assert not (keep_kv and cache is not None), "a cache already holds the keys and values"
+
+    def step(carry, layer):
+        x, cache, state = carry
+        p = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), params.layers)
+        cos, sin = _table_of(tables, layer, cfg)
+        shared = None if prefix is None else (prefix.k[layer], prefix.v[layer])
+
+        def keys_and_values(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, Cache | None]:
+            if cache is None:
+                return k, v, None
+            at = (layer, 0, start, 0, 0)
+            new = Cache(
+                k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
+                v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
+            )
+            return new.k[layer], new.v[layer], new
+
+        x, cache, kv = _block(p, x, cfg, cos, sin, positions, key_pos, windows[layer], shared, keys_and_values)
+        if edit is not None:
+            x = edit(layer, x)
+        if tap_fn is not None:
+            state = tap_fn(layer, x, state)
+        return (x, cache, state), (kv if keep_kv else None)
+
+    body = jax.checkpoint(step) if remat else step
+    (x, cache, state), kept = jax.lax.scan(body, (x_BxTxD, cache, tap_state), jnp.arange(n_layers))
+    return x, Cache(*kept) if keep_kv else cache, state
+
+
+def prefix_of(params: Params, tokens_P: jax.Array, cfg: ModelConfig) -> Prefix:
+    """Keys and values of a token sequence that every later row starts with; differentiable in the parameters."""
+    x = embed(params, jnp.asarray(tokens_P)[None], cfg)
+    cache = run_blocks(params, x, cfg, keep_kv=True)[1]
+    assert cache is not None
+    return Prefix(k=cache.k[:, 0], v=cache.v[:, 0])
+
+
+def _tables(positions_T: jax.Array, cfg: ModelConfig):
+    tables = [rope_tables(positions_T, cfg.rope, cfg.head_dim)]
+    if cfg.rope_local is not None:
+        tables.append(rope_tables(positions_T, cfg.rope_local, cfg.head_dim))
+    return tables
+
+
+def _table_of(tables, layer: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    if len(tables) == 1:
+        return tables[0]
+    local = jnp.asarray(cfg.local_rope)[layer]
+    return tuple(jnp.where(local, b, a) for a, b in zip(*tables, strict=True))
+
+
+def _block(p: Layers, x, cfg: ModelConfig, cos, sin, q_pos, k_pos, window, shared, keys_and_values):
+    """One pre-norm block: attention and gated MLP, each added to the stream (Gemma norms each branch's output)."""
+    B, T, _ = x.shape
+
+    def norm(y, w):
+        return rms_norm(y, w, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
+
+    y = norm(x, p.attn_norm)
+    q = linear(y, p.wq, p.bq).reshape(B, T, cfg.n_heads, cfg.head_dim)
+    k = linear(y, p.wk, p.bk).reshape(B, T, cfg.n_kv_heads, cfg.head_dim)
+    v = linear(y, p.wv, p.bv).reshape(B, T, cfg.n_kv_heads, cfg.head_dim)
+    if cfg.qk_norm:
+        q, k = norm(q, p.q_norm), norm(k, p.k_norm)
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    own = (k, v)
+    k, v, cache = keys_and_values(k, v)
+    spec = AttnSpec(scale=cfg.query_scale, softcap=cfg.attn_softcap)
+    y = attend(q, k, v, spec, q_pos_T=q_pos, k_pos_S=k_pos, window=window, prefix=shared)
+    y = linear(y.reshape(B, T, -1), p.wo, p.bo)
+    x = x + (norm(y, p.attn_post_norm) if cfg.post_norms else y)
+    y = norm(x, p.mlp_norm)
+    y = linear(activate(linear(y, p.gate, p.b_gate), cfg.activation) * linear(y, p.up, p.b_up), p.down, p.b_down)
+    x = x + (norm(y, p.mlp_post_norm) if cfg.post_norms else y)
+    return x, cache, own

@@ -1,0 +1,44 @@
+"""What every test runs under: the CPU backend with 8 simulated devices, and no silent rank promotion."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def _machine() -> str:
+    """Names this kind of CPU: code compiled for one may not run on another that shares the directory."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = [line for line in lines if line.lower().startswith(("model name", "flags", "features"))][:2]
+    return hashlib.sha256("\n".join([platform.machine(), *features]).encode()).hexdigest()[:12]
+
+
+# By environment, so that the processes which tests start inherit it. Name an accelerator there to use it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is compilation, and a warm cache saves most of that (`make clean` empties it).
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "jax" / _machine()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax  # noqa: E402  (after the environment it reads)
+
+# For this process only: what tests start is to run as it does for a user.
+# Eight devices cost nothing measurable (arrays that no mesh shards stay on the first) and spare the sharding
+# tests a process each. A missing axis that broadcasting would hide is an error here.
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The directory of real tokenizers, released sidecars and text that lies beside the repository."""
+    path = REPO.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("needs the shared data directory beside the repository (../shared/data)")
+    return path

@@ -1,0 +1,1 @@
+"""The `nla` command and the scripts behind it."""

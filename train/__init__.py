@@ -1,0 +1,1 @@
+"""Training: objectives, state, steps and the loop."""
