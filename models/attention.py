@@ -1,8 +1,11 @@
 """Grouped-query attention behind one entry point.
 
 Keys come in up to two parts: a *prefix* computed once and shared by every row (the constant part of an AV prompt),
-and each row's own keys. One softmax runs over both, so sharing changes no number, only the work. `attend` picks a
-kernel: "plain" holds all scores at once; "blocked" walks over blocks of queries so that memory grows with T, not T^2.
+and each row's own keys. One softmax runs over both, so sharing changes no number, only the work.
+
+Two kernels. "plain" holds all scores at once and takes any positions, hence caches. "blocked" is for a sequence that
+attends to itself: it walks over blocks of queries and gives each only the keys up to its own end, which halves the
+work and keeps one block's scores in memory instead of T^2.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import jax.numpy as jnp
 
 from nla_jax.models.layers import precision_of, soft_cap
 
-# Scores of one query block are held at once; 512 queries keep a block's products large enough to be efficient.
-BLOCK = 512
+# Queries per block: at least what keeps the products efficient, at most what keeps the scores small.
+_MIN_BLOCK, _MAX_BLOCK, _BLOCKS = 128, 512, 8
 _MASKED = -1e30  # finite, so that a row without any visible key gives a mean of values instead of NaN
 
 
@@ -30,71 +33,96 @@ class AttnSpec:
 
 def attend(
     q_BxTxNxH: jax.Array,
-    k_BxSxKxH: jax.Array,
-    v_BxSxKxH: jax.Array,
+    k_BxKxSxH: jax.Array,
+    v_BxKxSxH: jax.Array,
     spec: AttnSpec,
     *,
     q_pos_T: jax.Array,
     k_pos_S: jax.Array,
     window: jax.Array | int = 0,
     prefix: tuple[jax.Array, jax.Array] | None = None,
+    cached: bool = False,
 ) -> jax.Array:
     """Causal attention of T queries over a shared prefix and S own keys; returns [B, T, N, H].
 
     Positions are absolute token indices, the same for all rows. A key is visible when it is not after the query and,
-    where `window` > 0, fewer than `window` tokens before it. Slots of a cache that are not filled yet must carry
-    positions after every query. `prefix` holds keys and values [P, K, H] at positions 0..P-1.
+    where `window` > 0, fewer than `window` tokens before it. Without `cached`, the S keys are the T queries' own
+    tokens. With it they are the slots of a cache; slots not filled yet must carry positions after every query.
+    `prefix` holds keys and values [K, P, H] at positions 0..P-1.
     """
+    T = q_BxTxNxH.shape[1]
     kernel = spec.kernel
     if kernel == "auto":
-        kernel = "blocked" if q_BxTxNxH.shape[1] > 2 * BLOCK else "plain"
-    run = _blocked if kernel == "blocked" else _plain
-    return run(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, spec, q_pos_T, k_pos_S, window, prefix)
+        kernel = "plain" if cached or T <= _MIN_BLOCK else "blocked"
+    if kernel == "plain":
+        return _plain(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix)
+    assert not cached, "the blocked kernel needs the queries' own keys"
+    return _blocked(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix)
 
 
-def _mask(q_pos_T: jax.Array, k_pos_S: jax.Array, window: jax.Array | int) -> jax.Array:
+def visible(q_pos_T: jax.Array, k_pos_S: jax.Array, window: jax.Array | int) -> jax.Array:
+    """bool [T, S]: which keys each query may see."""
     distance = q_pos_T[:, None] - k_pos_S[None, :]
     window = jnp.asarray(window)
     return (distance >= 0) & ((distance < window) | (window <= 0))
 
 
-def _plain(q, k, v, spec: AttnSpec, q_pos, k_pos, window, prefix) -> jax.Array:
+def _plain(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: AttnSpec,
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    window: jax.Array | int,
+    prefix: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K = k.shape[1]
     precision = precision_of(q.dtype)
     q = q.reshape(B, T, K, N // K, H)
 
     def scores(equation: str, keys: jax.Array, key_pos: jax.Array) -> jax.Array:
         s = jnp.einsum(equation, q, keys, precision=precision, preferred_element_type=jnp.float32) * spec.scale
         s = soft_cap(s, spec.softcap)
-        return jnp.where(_mask(q_pos, key_pos, window)[None, None, None], s, _MASKED)
+        return jnp.where(visible(q_pos, key_pos, window)[None, None, None], s, _MASKED)
 
-    s = scores("btkgh,bskh->bkgts", k, k_pos)
-    if prefix is None:
-        w = jax.nn.softmax(s, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkgts,bskh->btkgh", w, v, precision=precision)
-        return out.reshape(B, T, N, H)
-    k_prefix, v_prefix = prefix
-    P = k_prefix.shape[0]
-    s_prefix = scores("btkgh,pkh->bkgtp", k_prefix, jnp.arange(P))
-    w = jax.nn.softmax(jnp.concatenate([s_prefix, s], axis=-1), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgtp,pkh->btkgh", w[..., :P], v_prefix, precision=precision)
-    out = out + jnp.einsum("bkgts,bskh->btkgh", w[..., P:], v, precision=precision)
-    return out.reshape(B, T, N, H)
+    s_own = scores("btkgh,bksh->bkgts", k, k_pos)
+    top = jnp.max(s_own, axis=-1, keepdims=True)
+    if prefix is not None:
+        s_prefix = scores("btkgh,kph->bkgtp", prefix[0], jnp.arange(prefix[0].shape[1]))
+        top = jnp.maximum(top, jnp.max(s_prefix, axis=-1, keepdims=True))
+    # Weights are normalised after the product with the values: one pass less over the scores.
+    top = jax.lax.stop_gradient(top)
+    w_own = jnp.exp(s_own - top)
+    total = jnp.sum(w_own, axis=-1)
+    out = jnp.einsum("bkgts,bksh->bkgth", w_own.astype(v.dtype), v, precision=precision)
+    if prefix is not None:
+        w_prefix = jnp.exp(s_prefix - top)
+        total = total + jnp.sum(w_prefix, axis=-1)
+        out = out + jnp.einsum("bkgtp,kph->bkgth", w_prefix.astype(v.dtype), prefix[1], precision=precision)
+    out = (out / total[..., None]).astype(v.dtype)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, N, H)
 
 
-def _blocked(q, k, v, spec: AttnSpec, q_pos, k_pos, window, prefix) -> jax.Array:
-    B, T, N, H = q.shape
-    pad = -T % BLOCK
-    blocks = (T + pad) // BLOCK
-    q = jnp.pad(q, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(B, blocks, BLOCK, N, H)
-    q_pos = jnp.pad(q_pos, (0, pad), mode="edge").reshape(blocks, BLOCK)
-
-    # Rematerialised: a backward pass must not keep every block's scores either.
-    @jax.checkpoint
-    def one(args):
-        q_block, pos_block = args
-        return _plain(q_block, k, v, spec, pos_block, k_pos, window, prefix)
-
-    out = jax.lax.map(one, (jnp.moveaxis(q, 1, 0), q_pos))
-    return jnp.moveaxis(out, 0, 1).reshape(B, T + pad, N, H)[:, :T]
+def _blocked(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: AttnSpec,
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    window: jax.Array | int,
+    prefix: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    T = q.shape[1]
+    size = min(max(-(-T // _BLOCKS), _MIN_BLOCK), _MAX_BLOCK)
+    out = []
+    for first in range(0, T, size):
+        end = min(first + size, T)
+        # Rematerialised: a backward pass must not keep every block's scores either.
+        block = jax.checkpoint(_plain, static_argnums=(3,))
+        out.append(
+            block(q[:, first:end], k[:, :, :end], v[:, :, :end], spec, q_pos[first:end], k_pos[:end], window, prefix)
+        )
+    return jnp.concatenate(out, axis=1)

@@ -7,6 +7,8 @@ loop and updated in place, never passed as scanned inputs and outputs (that woul
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -16,40 +18,42 @@ from nla_jax.models.config import ModelConfig
 
 @struct.dataclass
 class Prefix:
-    """Keys and values [L, P, K, H] of P tokens at positions 0..P-1, shared by all rows."""
+    """Keys and values [L, K, P, H] of P tokens at positions 0..P-1, shared by all rows."""
 
     k: jax.Array
     v: jax.Array
 
     @property
     def length(self) -> int:
-        return self.k.shape[1]
+        return self.k.shape[2]
 
 
 @struct.dataclass
 class Cache:
-    """Keys and values [L, B, S, K, H]; slot s of every row is the token at position prefix length + s."""
+    """Keys and values [L, B, K, S, H]; slot s of every row is the token at position prefix length + s.
+
+    Heads stand before slots so that attention is a batch of plain matrix products."""
 
     k: jax.Array
     v: jax.Array
 
     @property
     def slots(self) -> int:
-        return self.k.shape[2]
+        return self.k.shape[3]
 
 
-def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """A cache of `slots` tokens for each of `batch` rows, zeroed."""
-    shape = (cfg.n_layers, batch, slots, cfg.n_kv_heads, cfg.head_dim)
+    shape = (cfg.n_layers, batch, cfg.n_kv_heads, slots, cfg.head_dim)
     return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
 def repeat_rows(cache: Cache, samples: int, slots: int) -> Cache:
     """Each row `samples` times in a row, with room for `slots` tokens: a group's samples share one prefill."""
-    L, B, S, K, H = cache.k.shape
+    L, B, K, S, H = cache.k.shape
 
     def grow(x: jax.Array) -> jax.Array:
-        x = jnp.broadcast_to(x[:, :, None], (L, B, samples, S, K, H)).reshape(L, B * samples, S, K, H)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, slots - S), (0, 0), (0, 0)))
+        x = jnp.broadcast_to(x[:, :, None], (L, B, samples, K, S, H)).reshape(L, B * samples, K, S, H)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots - S), (0, 0)))
 
     return Cache(k=grow(cache.k), v=grow(cache.v))

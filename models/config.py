@@ -3,7 +3,8 @@
 Six families are known: Llama 2/3.x, Mistral, Qwen2/2.5, Qwen3, Gemma 2 and Gemma 3 (text, or the text part of the
 multimodal wrapper). Both spellings of config.json are read: the older one (`rope_theta`, `rope_scaling`,
 `rope_local_base_freq`, `sliding_window_pattern`) and the newer one (`rope_parameters`, `layer_types`). A field is
-either read, known to leave the forward pass alone, or rejected by name; nothing is silently dropped.
+either read, known to leave the forward pass alone, or rejected by name (config_fields.py); nothing is dropped in
+silence.
 """
 
 from __future__ import annotations
@@ -14,124 +15,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from nla_jax.models.config_fields import ACTIVATIONS, DEFAULTS, HARMLESS, MODEL_TYPES, READ_BY
+from nla_jax.models.config_fields import FAMILIES as FAMILIES
 from nla_jax.models.errors import ConfigError
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
-_MODEL_TYPES = {
-    "llama": "llama",
-    "mistral": "mistral",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "gemma3": "gemma3",
-}
-_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-}
-
-# What Hugging Face's own config classes assume when config.json leaves a field out (Gemma 3's often does).
-_COMMON = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {**_COMMON, "vocab_size": 32000, "tie_word_embeddings": False, "mlp_bias": False, "hidden_act": "silu"},
-    "mistral": {
-        **_COMMON,
-        "vocab_size": 32000,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-        "sliding_window": 4096,
-        "hidden_act": "silu",
-    },
-    "qwen2": {
-        **_COMMON,
-        "vocab_size": 151936,
-        "num_key_value_heads": 32,
-        "tie_word_embeddings": False,
-        "sliding_window": 4096,
-        "use_sliding_window": False,
-        "max_window_layers": 28,
-        "hidden_act": "silu",
-    },
-    "qwen3": {
-        **_COMMON,
-        "vocab_size": 151936,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-        "sliding_window": 4096,
-        "use_sliding_window": False,
-        "max_window_layers": 28,
-        "hidden_act": "silu",
-    },
-    "gemma2": {
-        **_COMMON,
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "tie_word_embeddings": True,
-        "sliding_window": 4096,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
-    "gemma3": {
-        **_COMMON,
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "tie_word_embeddings": True,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 256,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-    },
-}
-
-# Read by the tokenizer, the sampler or nobody: none of these changes what a forward pass computes.
-_HARMLESS = frozenset(
-    """
-    architectures model_type torch_dtype dtype transformers_version use_cache initializer_range attention_dropout
-    hidden_dropout embd_pdrop resid_pdrop bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
-    cls_token_id mask_token_id decoder_start_token_id forced_bos_token_id forced_eos_token_id suppress_tokens
-    begin_suppress_tokens max_position_embeddings max_length min_length do_sample early_stopping num_beams
-    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences exponential_decay_length_penalty
-    remove_invalid_values return_dict return_dict_in_generate output_scores output_hidden_states output_attentions
-    torchscript pruned_heads chunk_size_feed_forward finetuning_task id2label label2id tokenizer_class prefix
-    problem_type task_specific_params tf_legacy_loss use_bfloat16 _name_or_path name_or_path auto_map
-    attn_implementation _attn_implementation _attn_implementation_autoset pretraining_tp cache_implementation
-    is_decoder is_encoder_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder
-    boi_token_index eoi_token_index image_token_index image_token_id boi_token_id eoi_token_id mm_tokens_per_image
-    vision_config unsloth_version unsloth_fixed _unsloth_fixed
-    """.split()
-)
-_READ = frozenset(
-    """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    hidden_act hidden_activation rms_norm_eps tie_word_embeddings attention_bias mlp_bias rope_theta rope_scaling
-    rope_parameters rope_local_base_freq sliding_window use_sliding_window max_window_layers layer_types
-    sliding_window_pattern _sliding_window_pattern query_pre_attn_scalar attn_logit_softcapping
-    final_logit_softcapping text_config
-    """.split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +117,9 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
     nested = config.get("text_config")
     if not isinstance(nested, dict):
         return config
+    # Where both say it, the wrapper's own holds: it is what ties the wrapper's output to its embedding.
     tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
-    return {**tied, **nested}
+    return {**nested, **tied}
 
 
 def truncate_hf_config(config: dict[str, Any], n_layers: int) -> dict[str, Any]:
@@ -247,51 +134,45 @@ def truncate_hf_config(config: dict[str, Any], n_layers: int) -> dict[str, Any]:
 
 def _from_hf(config: dict[str, Any], source: str) -> ModelConfig:
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ConfigError(
             f"{source}: model_type",
-            expected=" or ".join(_MODEL_TYPES),
+            expected=" or ".join(MODEL_TYPES),
             got=repr(model_type),
             fix="a checkpoint of a supported family; custom model code is never run",
         )
-    family = _MODEL_TYPES[model_type]
+    family = MODEL_TYPES[model_type]
     # A wrapper's own fields must be harmless too; its text part is what is computed.
     given = text_part(config)
+    if model_type == "gemma3" and (given is config or given.get("model_type", "gemma3_text") != "gemma3_text"):
+        raise ConfigError(
+            f"{source}: text_config", expected="an object of model_type gemma3_text", got=config.get("text_config")
+        )
+    # Gemma 2's published files repeat hidden_activation as hidden_act, which transformers ignores.
+    known = HARMLESS | READ_BY[family] | ({"hidden_act"} if family.startswith("gemma") else set())
     for field, value in {**config, **given}.items():
-        if field not in _READ and field not in _HARMLESS and value not in (None, False, {}, [], 0):
+        if field not in known and value not in (None, False, {}, [], 0):
             raise ConfigError(
-                f"{source}: field {field!r} is not supported",
+                f"{source}: field {field!r} is not supported for {family}",
                 got=repr(value)[:60],
                 fix="a checkpoint without it, or remove the field if it changes nothing",
             )
-    fields = {**_DEFAULTS[family], **given}
-
-    def need(name: str) -> int:
-        value = fields.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{source}: {name}", expected="a positive integer", got=repr(value))
-        return value
-
-    def number(name: str) -> float:
-        value = fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ConfigError(f"{source}: {name}", expected="a positive number", got=repr(value))
-        return float(value)
-
+    fields = _Fields(source, {**DEFAULTS[family], **given})
     gemma = family in ("gemma2", "gemma3")
+    need, number = fields.integer, fields.number
     n_layers, n_heads, d_model = need("num_hidden_layers"), need("num_attention_heads"), need("hidden_size")
     head_dim = need("head_dim") if fields.get("head_dim") is not None else d_model // n_heads
     activation = fields.get("hidden_activation" if gemma else "hidden_act")
-    if activation not in _ACTIVATIONS:
-        raise ConfigError(f"{source}: activation", expected=" or ".join(_ACTIVATIONS), got=repr(activation))
-    bias = bool(fields["attention_bias"])
-    if bias and family in ("mistral", "qwen2"):
-        raise ConfigError(f"{source}: attention_bias", expected=f"false for {family}", got=True)
-    if fields.get("mlp_bias") and family != "llama":
-        raise ConfigError(f"{source}: mlp_bias", expected=f"false for {family}", got=True)
-    if family == "gemma3" and fields["attn_logit_softcapping"] is not None:
-        # transformers stores the field but never applies it, so there is no behaviour to agree with.
-        raise ConfigError(f"{source}: attn_logit_softcapping", expected="null for gemma3", got=fields["attn_logit_softcapping"])
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ConfigError(f"{source}: activation", expected=" or ".join(ACTIVATIONS), got=repr(activation))
+    bias = fields.flag("attention_bias")
+    if model_type == "gemma3" and fields.get("final_logit_softcapping") is not None:
+        # transformers applies it to a text-only save but not to the wrapper: no behaviour to agree with.
+        raise ConfigError(
+            f"{source}: final_logit_softcapping",
+            expected="null in a multimodal save",
+            got=fields["final_logit_softcapping"],
+        )
     sliding = _sliding_layers(family, fields, n_layers, source)
     window = need("sliding_window") if any(sliding) else 0
     rope, rope_local = _ropes(family, fields, source)
@@ -309,73 +190,117 @@ def _from_hf(config: dict[str, Any], source: str) -> ModelConfig:
         rope_local=rope_local,
         local_rope=tuple(sliding) if rope_local else (),
         norm_eps=number("rms_norm_eps"),
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         qkv_bias=family == "qwen2" or bias,
         out_bias=bias,
-        mlp_bias=bool(fields.get("mlp_bias")),
+        mlp_bias=fields.flag("mlp_bias"),
         qk_norm=family in ("qwen3", "gemma3"),
         post_norms=gemma,
         norm_plus_one=gemma,
         scale_embeddings=gemma,
-        tied=bool(fields["tie_word_embeddings"]),
+        tied=fields.flag("tie_word_embeddings"),
         query_scale=number("query_pre_attn_scalar") ** -0.5 if gemma else head_dim**-0.5,
-        attn_softcap=_optional_cap(fields, "attn_logit_softcapping") if gemma else None,
-        logit_softcap=_optional_cap(fields, "final_logit_softcapping") if gemma else None,
+        attn_softcap=number("attn_logit_softcapping", optional=True),
+        logit_softcap=number("final_logit_softcapping", optional=True),
     )
 
 
-def _optional_cap(fields: dict[str, Any], name: str) -> float | None:
-    return None if fields.get(name) is None else float(fields[name])
+class _Fields(dict):
+    """The fields of one config.json with defaults filled in; its readers reject values of the wrong type by name."""
+
+    def __init__(self, source: str, values: dict[str, Any]):
+        super().__init__(values)
+        self.source = source
+
+    def integer(self, name: str, minimum: int = 1) -> int:
+        value = self.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ConfigError(f"{self.source}: {name}", expected=f"an integer of at least {minimum}", got=repr(value))
+        return value
+
+    def number(self, name: str, *, optional: bool = False) -> Any:
+        if optional and self.get(name) is None:
+            return None
+        return _positive(self, name, self.source)
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{self.source}: {name}", expected="true or false", got=repr(value))
+        return bool(value)
+
+    def group(self, name: str) -> dict[str, Any]:
+        value = self.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{self.source}: {name}", expected="an object or null", got=repr(value))
+        return value or {}
 
 
-def _sliding_layers(family: str, fields: dict[str, Any], n_layers: int, source: str) -> list[bool]:
+def _sliding_layers(family: str, fields: _Fields, n_layers: int, source: str) -> list[bool]:
     """Which blocks see a sliding window only."""
+    window = fields.get("sliding_window")
     if family == "llama":
-        if fields.get("sliding_window"):
-            raise ConfigError(f"{source}: sliding_window", expected="null for llama", got=fields["sliding_window"])
         return [False] * n_layers
     if family == "mistral":
-        return [bool(fields.get("sliding_window"))] * n_layers
-    if family.startswith("qwen") and not (fields["use_sliding_window"] and fields.get("sliding_window")):
-        return [False] * n_layers
+        return [window is not None] * n_layers
     types = fields.get("layer_types")
     if types is not None:
-        unknown = set(types) - {"sliding_attention", "full_attention"}
-        if unknown or len(types) != n_layers:
+        good = isinstance(types, list) and all(t in ("sliding_attention", "full_attention") for t in types)
+        if not good or len(types) != n_layers:
             raise ConfigError(
                 f"{source}: layer_types",
-                expected=f"{n_layers} entries, each full_attention or sliding_attention",
-                got=f"{len(types)} entries, unknown {sorted(unknown)}",
+                expected=f"a list of {n_layers} entries, each full_attention or sliding_attention",
+                got=repr(types)[:100],
             )
-        return [t == "sliding_attention" for t in types]
     if family.startswith("qwen"):
-        return [i >= int(fields["max_window_layers"]) for i in range(n_layers)]
-    period = 2 if family == "gemma2" else int(fields.get("_sliding_window_pattern", fields["sliding_window_pattern"]))
+        if not fields.flag("use_sliding_window") or window is None:
+            if "sliding_attention" in (types or ()):
+                raise ConfigError(
+                    f"{source}: layer_types", expected="full_attention only, without a window", got=repr(types)[:100]
+                )
+            return [False] * n_layers
+        if types is None:
+            first = fields.integer("max_window_layers", minimum=0)
+            return [i >= first for i in range(n_layers)]
+    if types is not None:
+        return [t == "sliding_attention" for t in types]
+    if family == "gemma2":
+        return [bool((i + 1) % 2) for i in range(n_layers)]
+    period = fields.integer(
+        "_sliding_window_pattern" if "_sliding_window_pattern" in fields else "sliding_window_pattern"
+    )
     return [bool((i + 1) % period) for i in range(n_layers)]
 
 
-def _ropes(family: str, fields: dict[str, Any], source: str) -> tuple[RopeSpec, RopeSpec | None]:
+def _ropes(family: str, fields: _Fields, source: str) -> tuple[RopeSpec, RopeSpec | None]:
     """The rotary spec of the model and, for Gemma 3, that of its sliding-window blocks."""
-    params = fields.get("rope_parameters") or {}
-    scaling = fields.get("rope_scaling") or {}
-    theta = fields.get("rope_theta") or 10_000.0
+    params = fields.group("rope_parameters")
+    scaling = fields.group("rope_scaling")
+    nested = {name for name in ("full_attention", "sliding_attention") if name in params}
+    theta = 10_000.0 if fields.get("rope_theta") is None else fields.number("rope_theta")
+    if bool(nested) != (family == "gemma3") and params:
+        expected = (
+            "one set for full_attention and one for sliding_attention" if not nested else "one set for all blocks"
+        )
+        raise ConfigError(f"{source}: rope_parameters", expected=f"{expected} in {family}", got=repr(params)[:100])
     if family != "gemma3":
-        if "full_attention" in params or "sliding_attention" in params:
-            raise ConfigError(f"{source}: rope_parameters", expected=f"one set for all blocks of {family}", got="a set per layer type")
-        return _rope(scaling or params, float(theta), fields, source), None
-    if "rope_type" in params or "rope_theta" in params:  # one flat set is the global blocks'
-        params = {"full_attention": params}
-    full = {**(params.get("full_attention") or {}), **scaling}
-    local = params.get("sliding_attention") or {}
+        return _rope(scaling or params, theta, fields, source), None
+    if set(params) - nested:
+        raise ConfigError(
+            f"{source}: rope_parameters", expected="full_attention and sliding_attention only", got=sorted(params)
+        )
+    sets = _Fields(f"{source}: rope_parameters", params)
+    full, local = {**sets.group("full_attention"), **scaling}, sets.group("sliding_attention")
     return (
-        _rope(full, float(theta), fields, source),
-        _rope(local, float(fields["rope_local_base_freq"]), fields, source),
+        _rope(full, theta, fields, source),
+        _rope(local, fields.number("rope_local_base_freq"), fields, source),
     )
 
 
-def _rope(params: dict[str, Any], theta: float, fields: dict[str, Any], source: str) -> RopeSpec:
+def _rope(params: dict[str, Any], theta: float, fields: _Fields, source: str) -> RopeSpec:
     kind = params.get("rope_type", params.get("type", "default"))
-    theta = float(params.get("rope_theta") or theta)
+    if params.get("rope_theta") is not None:
+        theta = _positive(params, "rope_theta", source)
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if params.get("partial_rotary_factor", 1.0) not in (None, 1.0, 1):
         raise ConfigError(f"{source}: partial_rotary_factor", expected=1.0, got=params["partial_rotary_factor"])
@@ -386,18 +311,23 @@ def _rope(params: dict[str, Any], theta: float, fields: dict[str, Any], source: 
         spec = RopeSpec(theta=theta, kind="linear", factor=_positive(params, "factor", source))
         known |= {"factor"}
     elif kind == "llama3":
-        original = params.get("original_max_position_embeddings") or fields.get("max_position_embeddings")
+        own = params.get("original_max_position_embeddings") is not None
+        original = (
+            _positive(params, "original_max_position_embeddings", source)
+            if own
+            else fields.integer("max_position_embeddings")
+        )
         spec = RopeSpec(
             theta=theta,
             kind="llama3",
             factor=_positive(params, "factor", source),
             low_freq_factor=_positive(params, "low_freq_factor", source),
             high_freq_factor=_positive(params, "high_freq_factor", source),
-            original_len=int(original or 0),
+            original_len=int(original),
         )
         known |= {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        if not spec.original_len or math.isclose(spec.low_freq_factor, spec.high_freq_factor):
-            raise ConfigError(f"{source}: llama3 rope", expected="original_max_position_embeddings and two different bounds", got=params)
+        if spec.low_freq_factor >= spec.high_freq_factor:
+            raise ConfigError(f"{source}: llama3 rope", expected="low_freq_factor below high_freq_factor", got=params)
     else:
         raise ConfigError(f"{source}: rope type", expected="default, linear or llama3", got=repr(kind))
     extra = {k: v for k, v in params.items() if k not in known and v is not None}
@@ -408,6 +338,6 @@ def _rope(params: dict[str, Any], theta: float, fields: dict[str, Any], source: 
 
 def _positive(params: dict[str, Any], name: str, source: str) -> float:
     value = params.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise ConfigError(f"{source}: rope {name}", expected="a positive number", got=repr(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{source}: {name}", expected="a positive number", got=repr(value))
     return float(value)

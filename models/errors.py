@@ -54,3 +54,11 @@ class InputError(NLAError):
 
 class HubError(NLAError):
     """A model id could not be resolved to files on this machine."""
+
+
+class StoreError(NLAError):
+    """An activation store is missing, half-written, corrupt, or of another model."""
+
+
+class TeacherError(NLAError):
+    """A provider of warm-start explanations cannot be reached, refuses, or is not set up."""

@@ -6,14 +6,17 @@ exponentials of bfloat16 values lose the digits that the comparison with Hugging
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.models.config import ModelConfig, RopeSpec
+from nla_jax.models.params import Params
 
 
-def precision_of(dtype) -> jax.lax.Precision:
+def precision_of(dtype: Any) -> jax.lax.Precision:
     """Float32 products stay float32: TPUs and GPUs would otherwise round their inputs to bfloat16 or TF32."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
@@ -44,7 +47,9 @@ def inverse_frequencies(spec: RopeSpec, head_dim: int) -> np.ndarray:
     elif spec.kind == "llama3":
         wavelength = 2 * np.pi / inv
         longest, shortest = spec.original_len / spec.low_freq_factor, spec.original_len / spec.high_freq_factor
-        smooth = (spec.original_len / wavelength - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+        smooth = (spec.original_len / wavelength - spec.low_freq_factor) / (
+            spec.high_freq_factor - spec.low_freq_factor
+        )
         blended = (1 - smooth) * inv / spec.factor + smooth * inv
         inv = np.where(wavelength > longest, inv / spec.factor, np.where(wavelength < shortest, inv, blended))
     return inv.astype(np.float32)
@@ -77,7 +82,7 @@ def activate(x: jax.Array, name: str) -> jax.Array:
     return jax.nn.gelu(x, approximate=name == "gelu_tanh")
 
 
-def embed(params, tokens_BxT: jax.Array, cfg: ModelConfig) -> jax.Array:
+def embed(params: Params, tokens_BxT: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Token embeddings [B, T, D]; Gemma's are multiplied by sqrt(D), rounded to the parameters' dtype first."""
     x = jnp.take(params.embed, tokens_BxT, axis=0)
     if cfg.scale_embeddings:
@@ -85,11 +90,15 @@ def embed(params, tokens_BxT: jax.Array, cfg: ModelConfig) -> jax.Array:
     return x
 
 
-def unembed(params, x_BxTxD: jax.Array, cfg: ModelConfig) -> jax.Array:
+def unembed(params: Params, x_BxTxD: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Final norm, vocabulary projection and soft-cap: float32 logits [B, T, V]."""
     x = rms_norm(x_BxTxD, params.final_norm, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
     if params.lm_head is None:
-        logits = jnp.einsum("btd,vd->btv", x, params.embed, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "btd,vd->btv", x, params.embed, precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+        )
     else:
-        logits = jnp.einsum("btd,dv->btv", x, params.lm_head, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "btd,dv->btv", x, params.lm_head, precision=precision_of(x.dtype), preferred_element_type=jnp.float32
+        )
     return soft_cap(logits, cfg.logit_softcap)

@@ -29,7 +29,7 @@ class Samples:
     tokens:   int32 [B, R]; after a row's end, 0.
     logprobs: float32 [B, R], the model's own (temperature 1) log-probability of each token; 0 after the end.
     lengths:  int32 [B], tokens up to and including the stop token.
-    stopped:  bool [B]; True: a stop token was drawn (finish reason "stop"), False: the length cap cut the row ("length").
+    stopped:  bool [B]; True where a stop token was drawn ("stop"), False where the length cap cut the row ("length").
     """
 
     tokens: jax.Array
@@ -48,8 +48,12 @@ def row_keys(seed: int, ids_B: jax.Array, samples: int) -> jax.Array:
     return grid(jnp.asarray(ids_B, jnp.uint32)).reshape(-1)
 
 
-def draw(logits_BxV: jax.Array, keys_B: jax.Array, step: jax.Array | int, temperature: jax.Array | float):
+def draw(
+    logits_BxV: jax.Array, keys_B: jax.Array, step: jax.Array | int, temperature: jax.Array | float
+) -> tuple[jax.Array, jax.Array]:
     """One token per row and its temperature-1 log-probability. Temperature 0 takes the largest logit."""
+    # Relative to the largest: large logits would otherwise swallow the digits of the log-probabilities.
+    logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
     uniform_B = jax.vmap(lambda k: 1.0 - jax.random.uniform(jax.random.fold_in(k, step)))(keys_B)  # in (0, 1]
     tokens = jax.lax.cond(
         jnp.asarray(temperature) > 0,
@@ -92,10 +96,11 @@ def decode(
     cfg: ModelConfig,
     stop_ids: tuple[int, ...],
     max_new_tokens: int,
-) -> Samples:
+) -> tuple[Samples, Cache]:
     """Samples up to `max_new_tokens` per row, starting from the logits of the last prompt token.
 
-    `cache` holds the prompt's own tokens in slots 0..start-1 and room for the new ones; it is donated.
+    `cache` holds the prompt's own tokens in slots 0..start-1 and room for the new ones. It is donated, and returned
+    because a buffer can only be reused in place where it is an output as well.
     The loop ends when every row has drawn a stop token or the cap is reached.
     """
     B = logits_BxV.shape[0]
@@ -131,5 +136,5 @@ def decode(
         jnp.zeros((B, max_new_tokens), jnp.float32).at[:, 0].set(logprob),
         jnp.ones((B,), jnp.int32),
     )
-    _, _, done, _, tokens, logprobs, lengths = jax.lax.while_loop(more, body, state)
-    return Samples(tokens=tokens, logprobs=logprobs, lengths=lengths, stopped=done)
+    _, _, done, cache, tokens, logprobs, lengths = jax.lax.while_loop(more, body, state)
+    return Samples(tokens=tokens, logprobs=logprobs, lengths=lengths, stopped=done), cache

@@ -68,7 +68,8 @@ def run_blocks(
     Without a cache, the T tokens are the whole sequence after the prefix. With one, they are written to slots
     `start` .. start + T - 1 and attend to everything before them. `edit(layer, x)` may change the stream after a
     block (steering, norm-matched injection); `tap = (fn, state)` folds `state = fn(layer, x, state)` over blocks.
-    `keep_kv` returns the T tokens' own keys and values as the cache, for use as a prefix or a prefill. `remat` recomputes each block in the backward pass instead of keeping its insides.
+    `keep_kv` returns the T tokens' own keys and values as the cache, for use as a prefix or a prefill. `remat`
+    recomputes each block in the backward pass instead of keeping its insides.
     """
     n_layers = cfg.n_layers if n_layers is None else n_layers
     T = x_BxTxD.shape[1]
@@ -91,7 +92,7 @@ def run_blocks(
         def keys_and_values(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, Cache | None]:
             if cache is None:
                 return k, v, None
-            at = (layer, 0, start, 0, 0)
+            at = (layer, 0, 0, start, 0)
             new = Cache(
                 k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
                 v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
@@ -118,25 +119,39 @@ def prefix_of(params: Params, tokens_P: jax.Array, cfg: ModelConfig) -> Prefix:
     return Prefix(k=cache.k[:, 0], v=cache.v[:, 0])
 
 
-def _tables(positions_T: jax.Array, cfg: ModelConfig):
+def _tables(positions_T: jax.Array, cfg: ModelConfig) -> list[tuple[jax.Array, jax.Array]]:
     tables = [rope_tables(positions_T, cfg.rope, cfg.head_dim)]
     if cfg.rope_local is not None:
         tables.append(rope_tables(positions_T, cfg.rope_local, cfg.head_dim))
     return tables
 
 
-def _table_of(tables, layer: jax.Array, cfg: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def _table_of(
+    tables: list[tuple[jax.Array, jax.Array]], layer: jax.Array, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
     if len(tables) == 1:
         return tables[0]
     local = jnp.asarray(cfg.local_rope)[layer]
-    return tuple(jnp.where(local, b, a) for a, b in zip(*tables, strict=True))
+    (cos, sin), (cos_local, sin_local) = tables
+    return jnp.where(local, cos_local, cos), jnp.where(local, sin_local, sin)
 
 
-def _block(p: Layers, x, cfg: ModelConfig, cos, sin, q_pos, k_pos, window, shared, keys_and_values):
+def _block(
+    p: Layers,
+    x: jax.Array,
+    cfg: ModelConfig,
+    cos: jax.Array,
+    sin: jax.Array,
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    window: jax.Array,
+    shared: tuple[jax.Array, jax.Array] | None,
+    keys_and_values: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Cache | None]],
+) -> tuple[jax.Array, Cache | None, tuple[jax.Array, jax.Array]]:
     """One pre-norm block: attention and gated MLP, each added to the stream (Gemma norms each branch's output)."""
     B, T, _ = x.shape
 
-    def norm(y, w):
+    def norm(y: jax.Array, w: jax.Array) -> jax.Array:
         return rms_norm(y, w, eps=cfg.norm_eps, plus_one=cfg.norm_plus_one)
 
     y = norm(x, p.attn_norm)
@@ -146,10 +161,11 @@ def _block(p: Layers, x, cfg: ModelConfig, cos, sin, q_pos, k_pos, window, share
     if cfg.qk_norm:
         q, k = norm(q, p.q_norm), norm(k, p.k_norm)
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     own = (k, v)
     k, v, cache = keys_and_values(k, v)
     spec = AttnSpec(scale=cfg.query_scale, softcap=cfg.attn_softcap)
-    y = attend(q, k, v, spec, q_pos_T=q_pos, k_pos_S=k_pos, window=window, prefix=shared)
+    y = attend(q, k, v, spec, q_pos_T=q_pos, k_pos_S=k_pos, window=window, prefix=shared, cached=cache is not None)
     y = linear(y.reshape(B, T, -1), p.wo, p.bo)
     x = x + (norm(y, p.attn_post_norm) if cfg.post_norms else y)
     y = norm(x, p.mlp_norm)

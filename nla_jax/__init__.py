@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nla_jax.models.hf import load_model
+    from nla_jax.hub import load_model
     from nla_jax.models.transformer import forward, residual
     from nla_jax.pair import NLA, Explanation
 
@@ -21,7 +21,7 @@ _HOME = {
     "NLA": "nla_jax.pair",
     "Explanation": "nla_jax.pair",
     "forward": "nla_jax.models.transformer",
-    "load_model": "nla_jax.models.hf",
+    "load_model": "nla_jax.hub",
     "residual": "nla_jax.models.transformer",
 }
 

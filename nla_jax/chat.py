@@ -1,7 +1,7 @@
 """Chat templates: where a tokenizer directory keeps them, and rendering them in a sandbox.
 
-A chat template is a program that comes with a checkpoint. It runs here without access to Python's internals, on a
-copy of the messages made of plain JSON values, with the names and filters that `transformers` gives it
+A chat template is a program that comes with a checkpoint. It runs here without access to Python's internals,
+on a copy of the messages made of plain JSON values, with the names and filters that `transformers` gives it
 (`transformers.utils.chat_template_utils` is what the output is compared with).
 """
 
@@ -21,7 +21,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
 import jinja2.utils
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nla_jax.errors import InputError, PromptError, TokenizerError
 
@@ -32,9 +33,10 @@ _MAX_REPEAT = 10_000_000
 
 
 def find_chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The template of a tokenizer directory: chat_template.jinja, chat_template.json, or tokenizer_config.json.
+    """A directory's template: from chat_template.jinja, chat_template.json, or tokenizer_config.json.
 
-    `config` is the parsed tokenizer_config.json. Of several named templates the one called "default" is taken.
+    `config` is the parsed tokenizer_config.json. Of several named templates the one called "default" is
+    taken.
     """
     jinja_file, json_file = directory / "chat_template.jinja", directory / "chat_template.json"
     try:
@@ -58,7 +60,8 @@ def find_chat_template(directory: Path, config: Mapping[str, Any]) -> str | None
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """A deep copy of chat messages made of JSON values only; keys that are None are left out, as transformers does.
+    """A deep copy of chat messages, of JSON values only; keys that are None are left out, as transformers
+    does.
 
     Raises InputError when the messages are not a non-empty list of mappings, each with a `role`.
     """
@@ -70,7 +73,11 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     out = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f"chat message {i}", expected="a mapping with a `role` and a `content`", got=repr(message)[:80])
+            raise InputError(
+                f"chat message {i}",
+                expected="a mapping with a `role` and a `content`",
+                got=repr(message)[:80],
+            )
         out.append({k: _plain(v, f"chat message {i}, {k}") for k, v in message.items() if v is not None})
     return out
 
@@ -88,7 +95,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %} ... {% endgeneration %}` marks what the assistant wrote; rendering only passes it through."""
+    """`{% generation %}...{% endgeneration %}`: what the assistant wrote, which rendering passes through."""
 
     tags = {"generation"}
 
@@ -153,7 +160,7 @@ def _strftime_now(form: str) -> str:
 
 
 class ChatTemplate:
-    """One chat template; `variables` are the tokenizer's named special tokens (`bos_token`, `eos_token`, ...).
+    """One chat template; `variables` are the tokenizer's named special tokens (`bos_token` and so on).
 
     The text is compiled on first use, so that a tokenizer with a broken template still encodes plain text.
     """
@@ -174,7 +181,7 @@ class ChatTemplate:
             raise TokenizerError(f"{self.source}: the chat template does not compile", got=e, fix=fix) from None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The prompt text; PromptError when the template rejects the messages or reaches outside the sandbox."""
+        """The prompt text; PromptError if the template rejects the messages or reaches out of the sandbox."""
         values = {
             **self._variables,
             "messages": plain_messages(messages),

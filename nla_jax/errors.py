@@ -8,6 +8,8 @@ from nla_jax.models.errors import (
     NLAError,
     PromptError,
     SidecarError,
+    StoreError,
+    TeacherError,
     TokenizerError,
     VectorError,
 )
@@ -20,6 +22,8 @@ __all__ = [
     "NLAError",
     "PromptError",
     "SidecarError",
+    "StoreError",
+    "TeacherError",
     "TokenizerError",
     "VectorError",
 ]

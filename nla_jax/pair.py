@@ -15,11 +15,12 @@ from tqdm import tqdm
 from nla_jax import hub, metrics
 from nla_jax.configs.released import published
 from nla_jax.errors import InputError, VectorError
+from nla_jax.models import hf
 from nla_jax.models.sampler import row_keys
 from nla_jax.models.transformer import residual
 from nla_jax.prompt import ar_prompt_ids, parse_explanation
 from nla_jax.reconstructor import pad_prompts, reconstruct_jit
-from nla_jax.roles import AR, AV, Target, as_dtype, check_pair
+from nla_jax.roles import AR, AV, Target, check_pair
 from nla_jax.verbalizer import sample_explanations
 
 Messages = Sequence[dict[str, Any]]
@@ -112,7 +113,7 @@ class NLA:
         sidecar names the layer. `variance_nrm` overrides the fve_nrm denominator. `low_memory` keeps one model's
         weights at a time (target, then AV, then AR). Raises an `NLAError` where the files do not fit together.
         """
-        dtype = as_dtype(dtype)
+        dtype = None if dtype is None else str(hf.as_dtype(dtype))
         av_role = AV(hub.resolve(av, role="av"), dtype) if av else None
         ar_role = AR(hub.resolve(ar, role="ar"), dtype) if ar else None
         target_role = None
@@ -150,7 +151,9 @@ class NLA:
         else:
             chosen = [_position(p, len(ids)) for p in positions]
             if not chosen:
-                raise InputError("no positions given", expected="at least one", fix="leave positions out for all tokens")
+                raise InputError(
+                    "no positions given", expected="at least one", fix="leave positions out for all tokens"
+                )
         read = ids[: max(chosen) + 1]
         padded = np.zeros((1, -(-len(read) // _LENGTH_STEP) * _LENGTH_STEP), np.int32)
         padded[0, : len(read)] = read
@@ -290,9 +293,7 @@ class NLA:
 
     # -- the AR ---------------------------------------------------------------------------------------------------
 
-    def reconstruct(
-        self, texts: Sequence[str], *, batch_size: int | None = None, progress: bool = False
-    ) -> np.ndarray:
+    def reconstruct(self, texts: Sequence[str], *, batch_size: int | None = None, progress: bool = False) -> np.ndarray:
         """The AR's vectors for explanation texts: float32 [N, D], the raw output of its head."""
         ar = _need(self.ar, "ar", "reconstruct")
         if isinstance(texts, str):
@@ -333,7 +334,7 @@ class NLA:
 
     def _scored(self, rows: list[Explanation], vectors: np.ndarray, progress: bool) -> list[Explanation]:
         predicted = self.reconstruct([e.text for e in rows], progress=progress)
-        scores = self._compare(predicted, vectors[[e.row for e in rows]])
+        scores = self._compare(predicted, vectors[np.asarray([e.row for e in rows])])
         return [
             dataclasses.replace(
                 e,
@@ -355,15 +356,22 @@ def check_vectors(vectors: Any, d_model: int) -> np.ndarray:
     if array.ndim == 1:
         array = array[None]
     if array.ndim != 2 or array.shape[1] != d_model:
-        raise VectorError("vectors", expected=f"shape [N, {d_model}]", got=list(array.shape), fix="vectors of the pair's own target")
+        raise VectorError(
+            "vectors", expected=f"shape [N, {d_model}]", got=list(array.shape), fix="vectors of the pair's own target"
+        )
     if not len(array):
         raise VectorError("vectors", expected="at least one row", got=0)
     bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
     if len(bad):
-        raise VectorError(f"vector {bad[0]} has NaN or infinite entries ({len(bad)} such rows)", fix="extract it again in float32 or bfloat16, or drop the rows")
+        raise VectorError(
+            f"vector {bad[0]} has NaN or infinite entries ({len(bad)} such rows)",
+            fix="extract it again in float32 or bfloat16, or drop the rows",
+        )
     zero = np.flatnonzero(~array.any(axis=1))
     if len(zero):
-        raise VectorError(f"vector {zero[0]} is all zero ({len(zero)} such rows): it has no direction", fix="drop the rows")
+        raise VectorError(
+            f"vector {zero[0]} is all zero ({len(zero)} such rows): it has no direction", fix="drop the rows"
+        )
     return array
 
 

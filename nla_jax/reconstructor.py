@@ -31,7 +31,7 @@ class ARParams:
     head: Any
 
 
-def init_head(d_model: int, dtype=jnp.float32) -> jax.Array:
+def init_head(d_model: int, dtype: Any = jnp.float32) -> jax.Array:
     """The identity: an untrained AR predicts the stream it reads, which is what makes its training stable."""
     return jnp.eye(d_model, dtype=dtype)
 

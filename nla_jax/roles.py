@@ -10,9 +10,9 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from nla_jax.errors import CheckpointError, ConfigError, SidecarError
+from nla_jax.hub import progress_bar
 from nla_jax.models import hf
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.params import Params
@@ -53,7 +53,8 @@ class Target:
     def params(self) -> Params:
         if self._params is None:
             n_layers, dtype = self.cfg.n_layers, self.dtype or default_dtype(self.path)
-            self._params = hf.load_model(self.path, dtype, n_layers=n_layers, head=False)[1]
+            with progress_bar("reading target") as bar:
+                self._params = hf.load_model(self.path, dtype, n_layers=n_layers, head=False, progress=bar)[1]
         return self._params
 
     def release(self) -> None:
@@ -93,7 +94,8 @@ class AV:
 
     def params(self) -> Params:
         if self._params is None:
-            self._params = hf.load_model(self.path, self.dtype or default_dtype(self.path))[1]
+            with progress_bar("reading AV") as bar:
+                self._params = hf.load_model(self.path, self.dtype or default_dtype(self.path), progress=bar)[1]
         return self._params
 
     def prefix(self):
@@ -128,7 +130,10 @@ class AR:
                 fix="an AR trained with mse_scale, such as the released ones",
             )
         if not (self.path / "value_head.safetensors").is_file():
-            raise CheckpointError(f"{self.path}: value_head.safetensors does not exist", fix="an AR directory: its head is not part of the trunk's files")
+            raise CheckpointError(
+                f"{self.path}: value_head.safetensors does not exist",
+                fix="an AR directory: its head is not part of the trunk's files",
+            )
         self.cfg = ModelConfig.from_dir(self.path)
         _check_width(self.path, self.cfg, self.sidecar)
         blocks, layer = self.cfg.n_layers, self.sidecar.layer_index
@@ -147,7 +152,8 @@ class AR:
 
     def params(self) -> ARParams:
         if self._params is None:
-            _, trunk, head = hf.load_ar(self.path, self.dtype or default_dtype(self.path))
+            with progress_bar("reading AR") as bar:
+                _, trunk, head = hf.load_ar(self.path, self.dtype or default_dtype(self.path), progress=bar)
             self._params = ARParams(trunk=trunk, head=head)
         return self._params
 
@@ -171,7 +177,9 @@ def _stop_ids(path: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     if tokenizer.eos_id is not None:
         ids.add(tokenizer.eos_id)
     if not ids:
-        raise ConfigError(f"{path}: no end-of-sequence id", expected="eos_token_id in generation_config.json or config.json")
+        raise ConfigError(
+            f"{path}: no end-of-sequence id", expected="eos_token_id in generation_config.json or config.json"
+        )
     return tuple(sorted(ids))
 
 
@@ -180,7 +188,12 @@ def check_pair(av: AV | None, ar: AR | None, target: Target | None) -> None:
     widths = {role: m.cfg.d_model for role, m in (("av", av), ("ar", ar), ("target", target)) if m is not None}
     if len(set(widths.values())) > 1:
         named = ", ".join(f"{role} {d}" for role, d in widths.items())
-        raise ConfigError("d_model differs", expected="one width for target, AV and AR", got=named, fix="nla doctor on the directories")
+        raise ConfigError(
+            "d_model differs",
+            expected="one width for target, AV and AR",
+            got=named,
+            fix="nla doctor on the directories",
+        )
     if av is None or ar is None:
         return
     if av.sidecar.layer_index is not None and av.sidecar.layer_index != ar.layer_index:
@@ -191,11 +204,6 @@ def check_pair(av: AV | None, ar: AR | None, target: Target | None) -> None:
             fix="the two halves of one release",
         )
     if av.sidecar.ar_template and ar.sidecar.ar_template and av.sidecar.ar_template != ar.sidecar.ar_template:
-        raise SidecarError("AV and AR are of different pairs: their AR templates differ", fix="the two halves of one release")
-
-
-def as_dtype(dtype: str | None) -> str | None:
-    """`dtype` if it names a supported parameter type; ConfigError otherwise."""
-    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError("dtype", expected="float32, bfloat16 or float16", got=dtype)
-    return None if dtype is None else str(jnp.dtype(dtype))
+        raise SidecarError(
+            "AV and AR are of different pairs: their AR templates differ", fix="the two halves of one release"
+        )

@@ -1,9 +1,11 @@
-"""SentencePiece models (tokenizer.model) as a tokenizer backend that gives the ids of the same model's tokenizer.json.
+"""SentencePiece models (tokenizer.model) as a tokenizer backend that gives the ids of the same model's
+tokenizer.json.
 
-Two things are done differently from the bare library. The space that SentencePiece puts before a text is put here,
-because `transformers` puts it only where the text does not begin with one, and only before the first piece of a text
-that special tokens cut into several. And special tokens that the model file declares as user-defined symbols (Gemma
-does) are made control symbols, because the library would otherwise find them in any text that spells them out.
+Two things are done differently from the bare library. The space that SentencePiece puts before a text is put
+here, because `transformers` puts it only where the text does not begin with one, and only before the first
+piece of a text that special tokens cut into several. And special tokens that the model file declares as
+user-defined symbols (Gemma does) are made control symbols, because the library would otherwise find them in
+any text that spells them out.
 """
 
 from __future__ import annotations
@@ -55,15 +57,19 @@ class SentencePieceBackend:
 
         n = self._sp.get_piece_size()
         self._vocab = {p.piece: i for i, p in enumerate(model.pieces)}
-        self._extra: dict[str, int] = {}  # tokens that exist only in tokenizer_config.json
+        self._extra: dict[str, int] = {}  # tokens that are not special but cut a text all the same
         for content, (i, special) in added.items():
             if i < n:
                 if model.pieces[i].piece != content:
                     raise TokenizerError(
-                        f"{path}: token {i}", expected=f"{content!r} (tokenizer_config.json)", got=repr(model.pieces[i].piece)
+                        f"{path}: token {i}",
+                        expected=f"{content!r} (tokenizer_config.json)",
+                        got=repr(model.pieces[i].piece),
                     )
                 if special:
                     self.special[content] = i
+                elif self._prefix != "never":
+                    self._extra[content] = i  # cut out, so that the added space is not put before it
             else:
                 self._vocab[content] = i
                 (self.special if special else self._extra)[content] = i
@@ -103,7 +109,8 @@ class SentencePieceBackend:
             shift = start - (len(spaced) - len(piece))
             new = self._sp.encode(spaced)
             ids += new
-            # A token that is only the added space gets the first character, as the tokenizers library gives it.
+            # A token that is only the added space gets the first character, as the tokenizers library gives
+            # it.
             offsets += [(max(a + shift, start), max(b + shift, start + 1)) for a, b in self._align(spaced, new)]
         return ids, offsets
 
@@ -134,7 +141,7 @@ class SentencePieceBackend:
         return i in self._names
 
     def _split(self, text: str, pattern: re.Pattern[str] | None) -> list[tuple[str | int, int]]:
-        """Plain stretches and token ids in order, each with the character it starts at; empty stretches are left out."""
+        """Plain stretches (none empty) and token ids in order, each with the character it starts at."""
         out: list[tuple[str | int, int]] = []
         at = 0
         for match in pattern.finditer(text) if pattern else ():
@@ -151,7 +158,7 @@ class SentencePieceBackend:
         return " " + text if wanted and not text.startswith((" ", _SPACE)) else text
 
     def _align(self, text: str, ids: list[int]) -> Offsets:
-        """Character ranges of the pieces of one encoded stretch; the bytes of a character all get its range."""
+        """Character ranges of the pieces of one stretch; the bytes of a character all get its range."""
         out: Offsets = []
         pieces = self._sp.encode(text, out_type=str)  # unlike id_to_piece, this spells out unknown characters
         at = n_bytes = 0
@@ -190,11 +197,11 @@ class SentencePieceBackend:
 
 def _read_model(path: Path) -> Any:
     try:
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece import sentencepiece_model_pb2 as proto
     except ImportError as e:
         fix = "pip install protobuf, or a directory with tokenizer.json"
         raise TokenizerError(f"{path}: SentencePiece models need protobuf", got=e, fix=fix) from None
-    model = sentencepiece_model_pb2.ModelProto()
+    model: Any = getattr(proto, "ModelProto")()  # noqa: B009 (made at run time, unknown to type checkers)
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as e:
@@ -204,6 +211,9 @@ def _read_model(path: Path) -> Any:
     spec = model.normalizer_spec
     if spec.precompiled_charsmap or spec.remove_extra_whitespaces or not spec.escape_whitespaces:
         raise TokenizerError(
-            f"{path}: normalizer", expected="the identity", got=spec.name or "a custom one", fix="a tokenizer.json"
+            f"{path}: normalizer",
+            expected="the identity",
+            got=spec.name or "a custom one",
+            fix="a tokenizer.json",
         )
     return model

@@ -1,10 +1,12 @@
 """Tokenizers of the supported checkpoints: text to ids and back, and chat prompts.
 
 Both kinds of tokenizer file are read: `tokenizer.json` through the `tokenizers` library, and a SentencePiece
-`tokenizer.model` (see spm.py) where there is no other. Nothing here changes after loading: encoding is a pure function.
+`tokenizer.model` (see spm.py) where there is no other. Nothing here changes after loading: encoding is a pure
+function.
 
 A special token's string that stands in somebody's text (a corpus that quotes a chat log, a user who types
-`<|im_end|>`) is plain text. It becomes the special token only with `parse_special`, or when a chat template wrote it.
+`<|im_end|>`) is plain text. It becomes the special token only with `parse_special`, or when a chat template
+wrote it.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from nla_jax.spm import Offsets, SentencePieceBackend, longest_first
 _SENTENCEPIECE_FILES = ("tokenizer.model", "tokenizer.model.v3")
 _NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
-# Leading space, runs of spaces, line ends, digits, contractions, composed and decomposed accents, CJK, emoji, bytes.
+# Leading space, runs of spaces, line ends, digits, contractions, composed and decomposed accents, CJK, emoji,
+# bytes.
 _PROBE = " It's 2024,  and\n\n\tnaïve cafe\u0301s don't cost 12345 yen: 日本語 ㈎ 🙂\u200d\u0007 <b>x</b>  "
 _PRIVATE = range(0xF0000, 0xFFFFE)  # private-use characters, which stand for hidden strings
 
 
 class Backend(Protocol):
-    """What a tokenizer file format must offer. Ids that are passed in exist; texts have no lone surrogates."""
+    """What a tokenizer file format must offer. Ids passed in exist; texts hold no lone surrogates."""
 
     kind: str
     special: dict[str, int]  # strings of the tokens that are flagged special
@@ -51,7 +54,7 @@ class Backend(Protocol):
 
 
 class JsonBackend:
-    """tokenizer.json. `added` maps token strings from tokenizer_config.json to (id, special); `named` are special."""
+    """tokenizer.json. `added`: strings of tokenizer_config.json -> (id, special); `named`: special."""
 
     kind = "tokenizers"
 
@@ -70,18 +73,21 @@ class JsonBackend:
                     got = parsing.token_to_id(content)
                     raise TokenizerError(f"{path}: {content!r}", expected=f"{i} (tokenizer_config.json)", got=got)
                 known.add(content)
-        parsing.add_special_tokens([tokenizers.AddedToken(c, normalized=False) for c in named if c not in known])
+        present = [c for c in named if c not in known and parsing.token_to_id(c) is not None]
+        parsing.add_special_tokens([tokenizers.AddedToken(c, normalized=False) for c in present])
 
         tokens = parsing.get_added_tokens_decoder()
         self.special = {t.content: i for i, t in tokens.items() if t.special}
         self._added = frozenset(tokens)
         self._parsing = parsing
         self.defaults: dict[str, str | None] = {}
-        # Whether special strings are parsed is a switch on the library's object; two objects keep encoding pure.
+        # Whether special strings are parsed is a switch on the library's object; two objects keep encoding
+        # pure.
         self._plain = tokenizers.Tokenizer.from_str(parsing.to_str())
         self._plain.encode_special_tokens = True
-        # In the plain object a stand-in marks where a special token goes, so that the text on both sides is treated
-        # exactly as beside a special token. Stand-ins are not special, hence found; one per stripping behaviour.
+        # In the plain object a stand-in marks where a special token goes, so that the text on both sides is
+        # treated exactly as beside a special token. Stand-ins are not special, hence found; one per stripping
+        # behaviour.
         self._stand_in: dict[int, str] = {}
         for i, t in tokens.items():
             if t.special:
@@ -119,7 +125,7 @@ class JsonBackend:
         return self._parsing.decode(list(ids), skip_special_tokens=False)
 
     def token_str(self, i: int) -> str:
-        piece = self._parsing.id_to_token(i)
+        piece = self._parsing.id_to_token(i) or ""
         if i in self._added:
             return piece
         if "\u2581" in piece:  # a SentencePiece-like vocabulary, whose decoder drops the leading space
@@ -137,8 +143,9 @@ class Tokenizer:
     """One tokenizer directory. Make it with `Tokenizer.from_dir`.
 
     Attributes: `vocab_size` (ids the tokenizer knows: highest + 1; a model's embedding may have more rows),
-    `bos_id`, `eos_id`, `pad_id`, `unk_id` (int or None), `special_ids`, `special_tokens` (name -> string, as chat
-    templates see them), `chat_template` (its text or None), `kind` ("tokenizers" or "sentencepiece"), `source`.
+    `bos_id`, `eos_id`, `pad_id`, `unk_id` (int or None), `special_ids`, `special_tokens` (name -> string, as
+    chat templates see them), `chat_template` (its text or None), `kind` ("tokenizers" or "sentencepiece"),
+    `source`.
     """
 
     def __init__(self, backend: Backend, config: Mapping[str, Any], template: str | None, source: str):
@@ -150,12 +157,15 @@ class Tokenizer:
         self.special_ids: frozenset[int] = frozenset(backend.special.values()) | frozenset(named)  # type: ignore[arg-type]
         self.vocab_size = max(backend.vocab().values()) + 1
         self._prefix, self._suffix = list(backend.prefix_ids), list(backend.suffix_ids)
-        if backend.kind == "sentencepiece":  # the file says nothing; these families add BOS unless told otherwise
-            config = {"add_bos_token": True, "add_eos_token": False, **config}
-        if isinstance(config.get("add_bos_token"), bool):
-            self._prefix = [self.bos_id] if config["add_bos_token"] and self.bos_id is not None else []
-        if isinstance(config.get("add_eos_token"), bool):
-            self._suffix = [self.eos_id] if config["add_eos_token"] and self.eos_id is not None else []
+        self.declared_bos = config.get("add_bos_token")
+        if backend.kind == "sentencepiece":
+            # The model file says nothing of this; the families that use it add BOS unless told otherwise. A
+            # tokenizer.json does say it, in its post-processor, and then add_bos_token counts for nothing: so
+            # does transformers 5 decide.
+            add_bos, add_eos = self.declared_bos is not False, config.get("add_eos_token") is True
+            self._prefix = [self.bos_id] if add_bos and self.bos_id is not None else []
+            self._suffix = [self.eos_id] if add_eos and self.eos_id is not None else []
+        self.adds_bos = self.bos_id is not None and self.bos_id in self._prefix
         self._special_re = longest_first(backend.special)
         self._template = ChatTemplate(template, self.special_tokens, source) if template is not None else None
 
@@ -165,7 +175,10 @@ class Tokenizer:
         path = Path(path)
         if not path.is_dir():
             raise TokenizerError(f"{path}", expected="a directory with tokenizer files", got="no such directory")
-        config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
+        config = {
+            **_read_json(path / "special_tokens_map.json"),
+            **_read_json(path / "tokenizer_config.json"),
+        }
         added = _declared_tokens(path, config)
         model = next((path / name for name in _SENTENCEPIECE_FILES if (path / name).is_file()), None)
         backend: Backend
@@ -194,22 +207,24 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A sha256 that two directories share when they hold the same tokenizer, whatever the format of the files.
+        """A sha256 that two directories share if they hold the same tokenizer, in whatever file format.
 
-        It covers the vocabulary with added tokens (token -> id) and the ids of a probe text, which sees merges,
-        normalisation and splitting. Chat templates and the choice of BOS, EOS and padding are not part of it.
+        It covers the vocabulary with added tokens (token -> id) and the ids of a probe text, which sees
+        merges, normalisation and splitting. Chat templates and the choice of BOS, EOS and padding are not
+        part of it.
         """
         content = [sorted(self._backend.vocab().items()), self._backend.encode(_PROBE, False)]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def encode(self, text: str, *, add_special: bool = False, parse_special: bool = False) -> list[int]:
-        """Token ids. `add_special` adds what the tokenizer adds to a text (Llama, Gemma: BOS; Qwen: nothing)."""
+        """Token ids; `add_special` adds what the tokenizer adds to texts (Llama, Gemma: BOS; Qwen: nothing)."""
         return self._wrap(self._backend.encode(_checked(text), parse_special), add_special)
 
     def encode_with_offsets(
         self, text: str, *, add_special: bool = False, parse_special: bool = False
     ) -> tuple[list[int], Offsets]:
-        """Token ids, and for each the characters [start, end) of `text` it stands for; (0, 0) for added tokens.
+        """Token ids, and for each the characters [start, end) of `text` it stands for; (0, 0) for BOS and
+        EOS.
 
         Tokens that are parts of one character all get its range.
         """
@@ -221,7 +236,8 @@ class Tokenizer:
     def encode_parts(self, parts: Sequence[tuple[str, bool]], *, add_special: bool = False) -> list[int]:
         """Ids of the parts joined to one text; special strings count as tokens only in parts marked True.
 
-        For prompts that put somebody's text into a template: BPE merges across the seams as in the joined text.
+        For prompts that put somebody's text into a template: BPE merges across the seams as in the joined
+        text.
         """
         hidden = _Hidden(self._special_re, [t for t, _ in parts])
         text = "".join(t if trusted else hidden.hide(t) for t, trusted in parts)
@@ -233,12 +249,12 @@ class Tokenizer:
         return self._backend.decode([i for i in known if not (skip_special and i in self.special_ids)])
 
     def token_str(self, i: int) -> str:
-        """One token for display, leading space kept; U+FFFD for a part of a character, "" outside the vocabulary."""
+        """One token for display, leading space kept; U+FFFD for part of a character, "" if unknown."""
         i = int(i)
         return self._backend.token_str(i) if 0 <= i < self.vocab_size and self._backend.has(i) else ""
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """Chat messages as the template writes them; PromptError when there is no template or it rejects them."""
+        """Chat messages as the template writes them; PromptError if it rejects them or there is none."""
         if self._template is None:
             fix = "the instruct model's tokenizer, or its chat_template.jinja copied into the directory"
             raise PromptError(f"{self.source}: the tokenizer has no chat template", fix=fix)
@@ -251,7 +267,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         keep_special: Collection[str] = (),
     ) -> list[int]:
-        """Ids of a rendered chat. BOS is there only if the template wrote it; nothing is added to what it wrote.
+        """Ids of a rendered chat. Nothing is added to it: BOS is there if the template wrote it.
 
         Special strings inside the messages are plain text, but for those in `keep_special`.
         """
@@ -280,7 +296,7 @@ class Tokenizer:
 
 
 class _Hidden:
-    """Special strings in untrusted text, each replaced by a private character until the template has been rendered."""
+    """Special strings in untrusted text, each replaced by a private character while rendering."""
 
     def __init__(self, special: re.Pattern[str] | None, texts: Sequence[str], keep: Collection[str] = ()):
         self._special, self._keep = special, keep

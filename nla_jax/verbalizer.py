@@ -31,9 +31,7 @@ def rescale(vectors_NxD: jax.Array, norm: float) -> jax.Array:
     return v * (norm / jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), 1e-12))
 
 
-def inject(
-    x_NxTxD: jax.Array, vectors_NxD: jax.Array, *, marker: int, injection_scale: float
-) -> jax.Array:
+def inject(x_NxTxD: jax.Array, vectors_NxD: jax.Array, *, marker: int, injection_scale: float) -> jax.Array:
     """Overwrites row `marker` of each sequence's embeddings with its vector at norm `injection_scale`.
 
     `x` is what enters block 0, after any embedding multiplier. A mask and `where` instead of an indexed update:
@@ -124,7 +122,7 @@ def sample_explanations(
         slots=max_new_tokens,
     )
     start = jnp.asarray(len(prompt.ids) - prompt.marker, jnp.int32)
-    return decode(
+    result, _ = decode(
         params,
         prefix,
         cache,
@@ -136,3 +134,4 @@ def sample_explanations(
         stop_ids=tuple(stop_ids),
         max_new_tokens=max_new_tokens,
     )
+    return result

@@ -8,6 +8,7 @@ make them; `to_params` is a second way from Hugging Face names to parameters, in
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -253,7 +254,7 @@ def hf_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def wrapped(weights: dict[str, np.ndarray], layout: str) -> dict[str, np.ndarray]:
-    """The names of a multimodal save: `layout` "older" (`language_model.model.`) or "newer" (`model.language_model.`)."""
+    """The names of a multimodal save: "older" (`language_model.model.`) or "newer" (`model.language_model.`)."""
 
     def rename(name: str) -> str:
         if layout == "older":
@@ -318,3 +319,18 @@ def to_params(weights: dict[str, np.ndarray], dtype: Any = np.float32) -> Any:
         final_norm=single("model.norm.weight"),
         lm_head=single("lm_head.weight"),
     )
+
+
+@functools.cache
+def load(case: str) -> tuple[Any, Any]:
+    """`ModelConfig` and float32 parameters of a tiny checkpoint."""
+    from nla_jax.models.config import ModelConfig
+
+    return ModelConfig.from_hf(CONFIGS[case]), to_params(hf_weights(CONFIGS[case]))
+
+
+@functools.cache
+def golden(case: str) -> dict[str, np.ndarray]:
+    """What transformers computes for a tiny checkpoint (written by make_goldens.py)."""
+    with np.load(GOLDENS / f"{case}.npz") as arrays:
+        return dict(arrays)

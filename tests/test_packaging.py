@@ -76,7 +76,7 @@ def test_unknown_name_is_an_attribute_error():
 MAY_IMPORT = {
     "configs": set(),
     "models": {"models"},
-    "nla_jax": {"models", "nla_jax"},
+    "nla_jax": {"models", "nla_jax", "configs"},
     "train": {"models", "nla_jax", "train", "configs"},
     "tools": {"models", "nla_jax", "train", "configs", "tools"},
 }
