@@ -1,7 +1,8 @@
 """Published facts about the released NLA pairs that their files do not carry. Data only.
 
-`variance_nrm` is the fve_nrm denominator Var(v_n) of the pair's training set and `fve_nrm` the value on its model
-card (kitft/natural_language_autoencoders). A pair is recognised by width, layer and marker id together.
+`injection_scale` is the norm at which the AV was trained to be given vectors, `variance_nrm` the fve_nrm denominator
+Var(v_n) of the pair's training set and `fve_nrm` the value on its model card (kitft/natural_language_autoencoders).
+A pair is recognised by width, layer and marker id together.
 """
 
 RELEASED = (
@@ -14,6 +15,7 @@ RELEASED = (
         "layer_index": 20,
         "n_layers": 28,
         "marker_id": 149705,
+        "injection_scale": 150.0,
         "variance_nrm": 0.7335,
         "fve_nrm": 0.752,
     },
@@ -26,6 +28,7 @@ RELEASED = (
         "layer_index": 32,
         "n_layers": 48,
         "marker_id": 246566,
+        "injection_scale": 80000.0,
         "variance_nrm": 0.0302,
         "fve_nrm": 0.768,
     },
@@ -38,6 +41,7 @@ RELEASED = (
         "layer_index": 41,
         "n_layers": 62,
         "marker_id": 246566,
+        "injection_scale": 60000.0,
         "variance_nrm": 0.0579,
         "fve_nrm": 0.763,
     },
@@ -50,6 +54,7 @@ RELEASED = (
         "layer_index": 53,
         "n_layers": 80,
         "marker_id": 105565,
+        "injection_scale": 30.0,
         "variance_nrm": 0.9169,
         "fve_nrm": 0.80,
     },

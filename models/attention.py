@@ -11,6 +11,7 @@ work and keeps one block's scores in memory instead of T^2.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,29 +43,46 @@ def attend(
     window: jax.Array | int = 0,
     prefix: tuple[jax.Array, jax.Array] | None = None,
     cached: bool = False,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of T queries over a shared prefix and S own keys; returns [B, T, N, H].
 
-    Positions are absolute token indices, the same for all rows. A key is visible when it is not after the query and,
+    Positions are absolute token indices, the same for all rows, or one line [B, T] per row. A key is visible when it is not after the query and,
     where `window` > 0, fewer than `window` tokens before it. Without `cached`, the S keys are the T queries' own
     tokens. With it they are the slots of a cache; slots not filled yet must carry positions after every query.
-    `prefix` holds keys and values [K, P, H] at positions 0..P-1.
+    `prefix` holds keys and values [K, P, H] at positions 0..P-1. `segments` [B, T] numbers the samples that are packed
+    into a row, one after another: a token sees the prefix and its own segment, and no other.
     """
     T = q_BxTxNxH.shape[1]
+    assert segments is None or not cached, "packed rows have no cache"
+    segs = None if segments is None else (segments, segments)
     kernel = spec.kernel
     if kernel == "auto":
         kernel = "plain" if cached or T <= _MIN_BLOCK else "blocked"
     if kernel == "plain":
-        return _plain(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix)
+        return _plain(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix, segs)
     assert not cached, "the blocked kernel needs the queries' own keys"
-    return _blocked(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix)
+    return _blocked(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix, segs)
 
 
-def visible(q_pos_T: jax.Array, k_pos_S: jax.Array, window: jax.Array | int) -> jax.Array:
-    """bool [T, S]: which keys each query may see."""
-    distance = q_pos_T[:, None] - k_pos_S[None, :]
+def visible(
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    window: jax.Array | int,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """bool [1, T, S] or [B, T, S]: which keys each query may see; positions and segments [T], [S] or [B, T], [B, S]."""
+
+    def pairs(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.atleast_2d(q)[:, :, None], jnp.atleast_2d(k)[:, None, :]
+
+    q, k = pairs(q_pos, k_pos)
     window = jnp.asarray(window)
-    return (distance >= 0) & ((distance < window) | (window <= 0))
+    seen = (q >= k) & ((q - k < window) | (window <= 0))
+    if segments is not None:
+        q, k = pairs(*segments)
+        seen &= q == k
+    return seen
 
 
 def _plain(
@@ -76,18 +94,19 @@ def _plain(
     k_pos: jax.Array,
     window: jax.Array | int,
     prefix: tuple[jax.Array, jax.Array] | None,
+    segs: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     B, T, N, H = q.shape
     K = k.shape[1]
     precision = precision_of(q.dtype)
     q = q.reshape(B, T, K, N // K, H)
 
-    def scores(equation: str, keys: jax.Array, key_pos: jax.Array) -> jax.Array:
+    def scores(equation: str, keys: jax.Array, key_pos: jax.Array, segs: Any = None) -> jax.Array:
         s = jnp.einsum(equation, q, keys, precision=precision, preferred_element_type=jnp.float32) * spec.scale
         s = soft_cap(s, spec.softcap)
-        return jnp.where(visible(q_pos, key_pos, window)[None, None, None], s, _MASKED)
+        return jnp.where(visible(q_pos, key_pos, window, segs)[:, None, None], s, _MASKED)
 
-    s_own = scores("btkgh,bksh->bkgts", k, k_pos)
+    s_own = scores("btkgh,bksh->bkgts", k, k_pos, segs)
     top = jnp.max(s_own, axis=-1, keepdims=True)
     if prefix is not None:
         s_prefix = scores("btkgh,kph->bkgtp", prefix[0], jnp.arange(prefix[0].shape[1]))
@@ -114,6 +133,7 @@ def _blocked(
     k_pos: jax.Array,
     window: jax.Array | int,
     prefix: tuple[jax.Array, jax.Array] | None,
+    segs: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     T = q.shape[1]
     size = min(max(-(-T // _BLOCKS), _MIN_BLOCK), _MAX_BLOCK)
@@ -122,7 +142,8 @@ def _blocked(
         end = min(first + size, T)
         # Rematerialised: a backward pass must not keep every block's scores either.
         block = jax.checkpoint(_plain, static_argnums=(3,))
-        out.append(
-            block(q[:, first:end], k[:, :, :end], v[:, :, :end], spec, q_pos[first:end], k_pos[:end], window, prefix)
-        )
+        own = q[:, first:end], k[:, :, :end], v[:, :, :end]
+        q_at, k_at = q_pos[..., first:end], k_pos[..., :end]
+        seg = None if segs is None else (segs[0][:, first:end], segs[1][:, :end])
+        out.append(block(*own, spec, q_at, k_at, window, prefix, seg))
     return jnp.concatenate(out, axis=1)

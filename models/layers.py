@@ -55,15 +55,15 @@ def inverse_frequencies(spec: RopeSpec, head_dim: int) -> np.ndarray:
     return inv.astype(np.float32)
 
 
-def rope_tables(positions_T: jax.Array, spec: RopeSpec, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [T, head_dim/2] in float32 for integer positions."""
-    angles = positions_T.astype(jnp.float32)[:, None] * inverse_frequencies(spec, head_dim)[None, :]
+def rope_tables(positions_BxT: jax.Array, spec: RopeSpec, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, head_dim/2] in float32 for integer positions; B is 1 where all rows have the same."""
+    angles = positions_BxT.astype(jnp.float32)[:, :, None] * inverse_frequencies(spec, head_dim)[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x_BxTxNxH: jax.Array, cos_TxH2: jax.Array, sin_TxH2: jax.Array) -> jax.Array:
+def apply_rope(x_BxTxNxH: jax.Array, cos_BxTxH2: jax.Array, sin_BxTxH2: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + H/2) of each head, Hugging Face's pairing."""
-    cos, sin = cos_TxH2[None, :, None, :].astype(x_BxTxNxH.dtype), sin_TxH2[None, :, None, :].astype(x_BxTxNxH.dtype)
+    cos, sin = cos_BxTxH2[:, :, None, :].astype(x_BxTxNxH.dtype), sin_BxTxH2[:, :, None, :].astype(x_BxTxNxH.dtype)
     x1, x2 = jnp.split(x_BxTxNxH, 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 

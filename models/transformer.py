@@ -62,6 +62,8 @@ def run_blocks(
     tap: tuple[Callable[..., Any], Any] | None = None,
     keep_kv: bool = False,
     remat: bool = False,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, Any]:
     """Runs the first `n_layers` blocks (all by default); returns the stream, the updated cache, the tap's state.
 
@@ -70,12 +72,17 @@ def run_blocks(
     block (steering, norm-matched injection); `tap = (fn, state)` folds `state = fn(layer, x, state)` over blocks.
     `keep_kv` returns the T tokens' own keys and values as the cache, for use as a prefix or a prefill. `remat`
     recomputes each block in the backward pass instead of keeping its insides.
+
+    Rows that hold several samples, one after another, come with `positions` and `segments` [B, T]: the absolute
+    position of every token in its own sample (the prefix counted), and the sample's number. A token sees the prefix
+    and its own segment.
     """
     n_layers = cfg.n_layers if n_layers is None else n_layers
     T = x_BxTxD.shape[1]
     first = 0 if prefix is None else prefix.length
-    positions = first + start + jnp.arange(T)
-    tables = _tables(positions, cfg)
+    assert segments is None or (cache is None and positions is not None), "packed rows need positions, and no cache"
+    positions = first + start + jnp.arange(T) if positions is None else positions
+    tables = _tables(jnp.atleast_2d(positions), cfg)
     windows = jnp.asarray(cfg.windows, jnp.int32)
     slots = T if cache is None else cache.slots
     # Unfilled slots stand after every query, so causality alone hides them.
@@ -99,7 +106,9 @@ def run_blocks(
             )
             return new.k[layer], new.v[layer], new
 
-        x, cache, kv = _block(p, x, cfg, cos, sin, positions, key_pos, windows[layer], shared, keys_and_values)
+        x, cache, kv = _block(
+            p, x, cfg, cos, sin, positions, key_pos, windows[layer], shared, keys_and_values, segments
+        )
         if edit is not None:
             x = edit(layer, x)
         if tap_fn is not None:
@@ -119,10 +128,10 @@ def prefix_of(params: Params, tokens_P: jax.Array, cfg: ModelConfig) -> Prefix:
     return Prefix(k=cache.k[:, 0], v=cache.v[:, 0])
 
 
-def _tables(positions_T: jax.Array, cfg: ModelConfig) -> list[tuple[jax.Array, jax.Array]]:
-    tables = [rope_tables(positions_T, cfg.rope, cfg.head_dim)]
+def _tables(positions_BxT: jax.Array, cfg: ModelConfig) -> list[tuple[jax.Array, jax.Array]]:
+    tables = [rope_tables(positions_BxT, cfg.rope, cfg.head_dim)]
     if cfg.rope_local is not None:
-        tables.append(rope_tables(positions_T, cfg.rope_local, cfg.head_dim))
+        tables.append(rope_tables(positions_BxT, cfg.rope_local, cfg.head_dim))
     return tables
 
 
@@ -147,6 +156,7 @@ def _block(
     window: jax.Array,
     shared: tuple[jax.Array, jax.Array] | None,
     keys_and_values: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Cache | None]],
+    segments: jax.Array | None,
 ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, jax.Array]]:
     """One pre-norm block: attention and gated MLP, each added to the stream (Gemma norms each branch's output)."""
     B, T, _ = x.shape
@@ -165,7 +175,10 @@ def _block(
     own = (k, v)
     k, v, cache = keys_and_values(k, v)
     spec = AttnSpec(scale=cfg.query_scale, softcap=cfg.attn_softcap)
-    y = attend(q, k, v, spec, q_pos_T=q_pos, k_pos_S=k_pos, window=window, prefix=shared, cached=cache is not None)
+    cached = cache is not None
+    y = attend(
+        q, k, v, spec, q_pos_T=q_pos, k_pos_S=k_pos, window=window, prefix=shared, cached=cached, segments=segments
+    )
     y = linear(y.reshape(B, T, -1), p.wo, p.bo)
     x = x + (norm(y, p.attn_post_norm) if cfg.post_norms else y)
     y = norm(x, p.mlp_norm)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -180,15 +182,27 @@ class ChatTemplate:
             fix = "a chat_template.jinja from the base model"
             raise TokenizerError(f"{self.source}: the chat template does not compile", got=e, fix=fix) from None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The prompt text; PromptError if the template rejects the messages or reaches out of the sandbox."""
-        values = {
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        today: datetime.date | None = None,
+    ) -> str:
+        """The prompt text; PromptError if the template rejects the messages or reaches out of the sandbox.
+
+        `today` is the date that a template which writes one is given, instead of the machine's.
+        """
+        values: dict[str, Any] = {
             **self._variables,
             "messages": plain_messages(messages),
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
+        if today is not None:
+            moment = datetime.datetime.combine(today, datetime.time())
+            values["strftime_now"] = moment.strftime
         template = self._compiled
         try:
             return template.render(values)
@@ -199,3 +213,84 @@ class ChatTemplate:
             got = f"{type(e).__name__}: {e}"
             fix = "messages that this model's template accepts"
             raise PromptError(f"{self.source}: the chat template failed on these messages", got=got, fix=fix) from None
+
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """A rendered chat: `text`; `ids` and `offsets` (characters of the text, per token); and `spans`, the parts of
+    the text [start, end) that are the content of message `i`. What lies outside of them is the template's."""
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    spans: list[tuple[int, int, int]]
+
+
+def content_spans(
+    messages: Sequence[Message],
+    text: str,
+    render: Callable[[list[dict[str, Any]]], str],
+    fresh: Callable[[], str],
+) -> list[tuple[int, int, int]]:
+    """Where a rendered chat `text` shows the contents of its messages: (start, end, index of the message).
+
+    The chat is rendered again with a private character (one `fresh()` each) at both ends of every content, inside
+    its outer white space, which templates like to strip. Where a template looks into its messages in a way that this
+    disturbs, the contents are looked for in the text instead, one after another.
+    """
+    marks: dict[str, int] = {}
+    marked: list[dict[str, Any]] = []
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        core = content.strip() if isinstance(content, str) else ""
+        if not core:
+            marked.append(dict(message))
+            continue
+        assert isinstance(content, str)
+        mark = fresh()
+        marks[mark] = i
+        start = len(content) - len(content.lstrip())
+        marked.append({**message, "content": f"{content[:start]}{mark}{core}{mark}{content[start + len(core) :]}"})
+    if not marks:
+        return []
+    try:
+        found = _between_marks(render(marked), marks)
+    except PromptError:
+        found = None
+    if found is not None and found[0] == text:
+        return found[1]
+    return _searched(messages, text)
+
+
+def _between_marks(text: str, marks: Mapping[str, int]) -> tuple[str, list[tuple[int, int, int]]] | None:
+    """The text without its marks, and the spans between pairs of them; None if they do not come in pairs."""
+    parts = re.split(f"([{''.join(marks)}])", text)
+    spans = []
+    at, begun = 0, None
+    for part in parts:
+        if part not in marks:
+            at += len(part)
+        elif begun is None:
+            begun = (part, at)
+        elif begun[0] == part:
+            spans.append((begun[1], at, marks[part]))
+            begun = None
+        else:
+            return None
+    return None if begun is not None else ("".join(p for p in parts if p not in marks), spans)
+
+
+def _searched(messages: Sequence[Message], text: str) -> list[tuple[int, int, int]]:
+    spans = []
+    at = 0
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        core = content.strip() if isinstance(content, str) else ""
+        # Templates of reasoning models leave out what an earlier answer thought.
+        for shown in dict.fromkeys((core, core.rpartition("</think>")[2].strip())):
+            start = text.find(shown, at) if shown else -1
+            if start >= 0:
+                at = start + len(shown)
+                spans.append((start, at, i))
+                break
+    return spans

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from nla_jax import doctor_weights
+from nla_jax.configs.released import published
 from nla_jax.doctor import Report
 from nla_jax.doctor_files import Found
 from nla_jax.errors import NLAError
@@ -137,7 +138,7 @@ def _stops(found: Found, tok: Tokenizer, report: Report) -> None:
         )
         return
     eos = (found.config or {}).get("eos_token_id")
-    alone = set(eos) if isinstance(eos, list) else {eos} - {None}
+    alone = {i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int)}
     extra = f"; config.json alone names only {sorted(alone)}" if alone and alone != stops else ""
     report.ok(found.path, "stop ids", f"generation stops at {named}{extra}")
 
@@ -184,7 +185,7 @@ def _role(found: Found, report: Report) -> None:
 
 def _layer(found: Found, cfg: ModelConfig, sidecar: Sidecar, report: Report) -> None:
     k, where, blocks = sidecar.layer_index, found.path, cfg.n_layers
-    old = (found.raw.get("critic") or {}).get("num_hidden_layers")
+    old = found.section("critic").get("num_hidden_layers")
     if found.kind == "AR" and old is not None and old == blocks:
         report.problem(
             where,
@@ -239,6 +240,16 @@ def _scales(found: Found, sidecar: Sidecar, report: Report) -> None:
                 "the other",
                 "the value that the AV was trained with",
             )
+        else:
+            pair = published(sidecar.d_model, sidecar.layer_index, sidecar.marker_id)
+            if pair is not None and not math.isclose(sidecar.injection_scale, pair["injection_scale"], rel_tol=1e-3):
+                report.warning(
+                    where,
+                    "injection scale",
+                    f"injection_scale is {sidecar.injection_scale:g}; {pair['name']} was released with "
+                    f"{pair['injection_scale']:g}",
+                    "the released value, unless this AV was trained with another",
+                )
     if sidecar.mse_scale is None:
         level = report.problem if found.kind == "AR" else report.warning
         level(
@@ -247,7 +258,7 @@ def _scales(found: Found, sidecar: Sidecar, report: Report) -> None:
             "extraction.mse_scale is null (raw error): scores here compare directions at one norm",
             "an AR trained with mse_scale, such as the released ones",
         )
-    elif "mse_scale" not in (found.raw.get("extraction") or {}):
+    elif "mse_scale" not in found.section("extraction"):
         report.note(where, "mse scale", f"mse_scale is not written; sqrt(D) = {root:.4g} is taken")
     elif not math.isclose(sidecar.mse_scale, root, rel_tol=1e-3):
         report.warning(

@@ -45,6 +45,11 @@ class Found:
     def is_model(self) -> bool:
         return self.kind != "dataset"
 
+    def section(self, name: str) -> dict[str, Any]:
+        """A mapping of the raw sidecar; empty where it is absent or something else."""
+        value = self.raw.get(name)
+        return value if isinstance(value, dict) else {}
+
     @property
     def embedding(self) -> TensorInfo | None:
         """Where the token embedding lies, if its file is there."""
@@ -169,9 +174,9 @@ def _headers(found: Found, checkpoint: Checkpoint, report: Report) -> None:
         names = ", ".join(sorted(Path(e.what.split(" does not exist")[0]).name for e in missing))
         text = f"{len(missing)} weight files that the index names are missing: {names}"
         report.problem(found.path, "weights", text, "downloading them, or a complete directory")
-    for error in errors.values():
-        if error not in missing:
-            report.error(found.path, "weights", error)
+    for damaged in errors.values():
+        if damaged not in missing:
+            report.error(found.path, "weights", damaged)
     if absent:
         text = f"{len(absent)} tensors are not in the file that the index names for them: {', '.join(absent[:3])}"
         report.problem(found.path, "weights", text, "the index and the weight files of one save")
@@ -196,7 +201,7 @@ def _sidecar(found: Found, report: Report) -> None:
     try:
         found.sidecar = read_sidecar(found.path)
     except SidecarError as error:
-        if "critic" in found.raw and "num_hidden_layers" in (found.raw.get("critic") or {}):
+        if "num_hidden_layers" in found.section("critic"):
             found.sidecar = _without_old_depth(found.raw)
         if found.sidecar is None:  # else the layer check says what is wrong, in words
             report.error(found.path, "sidecar", error)

@@ -127,21 +127,21 @@ def _pair(av: Found, ar: Found, report: Report) -> None:
     if a.layer_index is not None and b.layer_index is not None and a.layer_index != b.layer_index:
         hint = ", one apart: block K is hidden_states[K+1]" if abs(a.layer_index - b.layer_index) == 1 else ""
         differ.append(f"layer K {a.layer_index} and {b.layer_index}{hint}")
-    for name, x, y in (
+    facts: tuple[tuple[str, object, object], ...] = (
         ("d_model", a.d_model, b.d_model),
         ("marker", (a.marker, a.marker_id), (b.marker, b.marker_id)),
         ("neighbours", (a.left_id, a.right_id), (b.left_id, b.right_id)),
-    ):
-        if x != y:
-            differ.append(f"{name} {x} and {y}")
-    for name, x, y in (
+    )
+    differ += [f"{name} {x} and {y}" for name, x, y in facts if x != y]
+    for name, mine, its in (
         ("AV templates", a.av_template, b.av_template),
         ("AR templates", a.ar_template, b.ar_template),
     ):
-        if x and y and x != y:
+        if mine and its and mine != its:
             differ.append(name)
-    steps = [(f.raw.get("training") or {}).get("rollout_id") for f in (av, ar)]
-    if all(isinstance(s, int) for s in steps) and abs(steps[0] - steps[1]) > _NEAR_STEPS:
+    steps = [f.section("training").get("rollout_id") for f in (av, ar)]
+    apart = abs(steps[0] - steps[1]) if isinstance(steps[0], int) and isinstance(steps[1], int) else 0
+    if apart > _NEAR_STEPS:
         differ.append(f"training steps (rollout_id) {steps[0]} and {steps[1]}")
     if differ:
         report.problem(
@@ -152,7 +152,7 @@ def _pair(av: Found, ar: Found, report: Report) -> None:
     if a.mse_scale != b.mse_scale:
         text = f"mse_scale {a.mse_scale} and {b.mse_scale}; the AR's is used"
         report.warning(where, "mse scale", text, "the sidecars of one release")
-    if all(isinstance(s, int) for s in steps) and 0 < abs(steps[0] - steps[1]) <= _NEAR_STEPS:
+    if 0 < apart <= _NEAR_STEPS:
         report.note(where, "pair", f"saved at training steps {steps[0]} and {steps[1]}")
     elif (steps[0] is None) != (steps[1] is None):
         bare = "AV" if steps[0] is None else "AR"

@@ -30,15 +30,15 @@ _LONGEST_WAIT = 3600.0
 _BUSY_TRIES = 50
 
 
-class Malformed(Exception):
+class MalformedError(Exception):
     """A reply that is not what the provider's API promises; the request is repeated."""
 
 
-class Unanswered(TeacherError):
+class UnansweredError(TeacherError):
     """A request that failed in passing ways until its retries were used up."""
 
 
-class Refused(TeacherError):
+class RefusedError(TeacherError):
     """A request that the provider rejects, which repeating will not change. `status` is HTTP's."""
 
     def __init__(self, status: int, what: str, **parts: Any):
@@ -63,7 +63,9 @@ def check_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError("--base-url", expected="http://HOST[:PORT]/PATH or https://", got=repr(url))
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise InputError("--base-url", expected="no password and no query in it", fix="the key in an environment variable")
+        raise InputError(
+            "--base-url", expected="no password and no query in it", fix="the key in an environment variable"
+        )
     return url.rstrip("/")
 
 
@@ -117,7 +119,6 @@ class Endpoint:
         self._client = httpx2.AsyncClient(
             base_url=self.url + "/",
             headers={"User-Agent": "nla_jax", **self._headers},
-            timeout=httpx2.Timeout(self._limits.timeout, connect=min(20.0, self._limits.timeout)),
             limits=httpx2.Limits(max_connections=self._connections, max_keepalive_connections=self._connections),
             trust_env=not is_local(self.url),  # a proxy for the outside has no business with a local server
         )
@@ -138,11 +139,11 @@ class Endpoint:
         retries: int | None = None,
         timeout: float | None = None,
     ) -> T:
-        """`read` of the reply's body, which raises Malformed for one that it cannot use.
+        """`read` of the reply's body, which raises MalformedError for one that it cannot use.
 
         `idempotency` goes along as `Idempotency-Key`, the same at every repetition: a provider that honours it
         answers a repeated request without doing, or charging for, the work again. `tokens` counts against the rate.
-        Raises Refused, or Unanswered after `retries` repetitions.
+        Raises RefusedError, or UnansweredError after `retries` repetitions.
         """
         import httpx2
 
@@ -151,46 +152,50 @@ class Endpoint:
         if body is not None:
             content = json.dumps(body, ensure_ascii=True).encode()
             headers["Content-Type"] = "application/json"
+        seconds = timeout or self._limits.timeout
         failures = busy = 0
         while True:
             await self._turn(tokens)
             wait: float | None = None
             try:
                 # The client's own time-outs are per read; a reply that trickles would never meet them.
-                async with asyncio.timeout(timeout or self._limits.timeout):
-                    reply = await self._client.request(method, path, content=content, headers=headers)
-                if reply.status_code == 200:
+                async with asyncio.timeout(seconds):
+                    reply = await self._client.request(
+                        method, path, content=content, headers=headers, timeout=httpx2.Timeout(seconds, connect=20.0)
+                    )
+                if 200 <= reply.status_code < 300:
                     return read(reply.content)
                 failure = self._judge(reply)
                 if reply.status_code in _BUSY:
-                    busy += 1
                     wait = _retry_after(reply.headers.get("retry-after"))
             except (TimeoutError, httpx2.TimeoutException):
-                failure = f"no reply within {timeout or self._limits.timeout:g} s"
-            except Malformed as error:
+                failure = f"no reply within {seconds:g} s"
+            except MalformedError as error:
                 failure = str(error)
             except httpx2.HTTPError as error:
                 failure = self._clean(f"{type(error).__name__} {error}".strip())
-            if wait is None:
-                failures += 1
+            failures, busy = (failures + 1, busy) if wait is None else (failures, busy + 1)
             if failures > (self._limits.retries if retries is None else retries) or busy > _BUSY_TRIES:
-                raise Unanswered(f"{self.url}: no usable reply in {failures + busy} tries", got=f"at last: {failure}")
+                raise UnansweredError(
+                    f"{self.url}: no usable reply in {failures + busy} tries", got=f"at last: {failure}"
+                )
             if self.stop.is_set():
-                raise Unanswered(f"{self.url}: stopped", got=failure)
+                raise UnansweredError(f"{self.url}: stopped", got=failure)
             if wait is not None:
                 # A limit is the account's, not the request's: everybody waits.
                 self._pause(wait, failure)
-            await self._sleep(self._jittered(failures if wait is None else 0))
+            await self.back_off(failures if wait is None else 0)
 
-    def _jittered(self, failures: int) -> float:
-        """Seconds to wait after so many failures: doubling to a minute, half of it by chance, so that requests that
-        failed together do not return together."""
-        return min(60.0, self._limits.backoff * 2.0 ** max(failures - 1, 0)) * random.uniform(0.5, 1.0)
+    async def back_off(self, failures: int) -> None:
+        """Waits after so many failures: doubling to a minute, half of it by chance, so that requests that failed
+        together do not return together."""
+        await self.sleep(min(60.0, self._limits.backoff * 2.0 ** max(failures - 1, 0)) * random.uniform(0.5, 1.0))
 
     def _pause(self, seconds: float, why: str) -> None:
         if seconds > _LONGEST_WAIT:
             raise TeacherError(
-                f"{self.url} asks to wait {seconds:.0f} s ({why})", fix="the same command later: answers so far are kept"
+                f"{self.url} asks to wait {seconds:.0f} s ({why})",
+                fix="the same command later: answers so far are kept",
             )
         until = time.monotonic() + seconds
         if seconds >= 5 and until > self._paused_until + 1:
@@ -201,11 +206,11 @@ class Endpoint:
         now = time.monotonic()
         start = max(self._requests.take(1, now), self._tokens.take(tokens, now))
         while (wait := max(start, self._paused_until) - time.monotonic()) > 0:
-            await self._sleep(wait)
+            await self.sleep(wait)
             if self.stop.is_set():
-                raise Unanswered(f"{self.url}: stopped")
+                raise UnansweredError(f"{self.url}: stopped")
 
-    async def _sleep(self, seconds: float) -> None:
+    async def sleep(self, seconds: float) -> None:
         """Until the time is over or `stop` is set."""
         try:
             async with asyncio.timeout(seconds):
@@ -214,7 +219,7 @@ class Endpoint:
             pass
 
     def _judge(self, reply: httpx2.Response) -> str:
-        """What a reply that is not 200 says, when asking again may help; raises Refused when it will not."""
+        """What a reply that is no success says, when asking again may help; raises RefusedError when it will not."""
         status, said = reply.status_code, self._clean(_message(reply.content))
         failure = f"HTTP {status}" + (f": {said}" if said else "")
         if status in _RETRIED and not _out_of_money(reply.content):
@@ -233,7 +238,7 @@ class Endpoint:
             fix = "the account's balance, then the same command: answers so far are kept"
         else:
             fix = "the settings of this command (model, --max-tokens, --temperature, --context-chars)"
-        raise Refused(status, what, fix=fix)
+        raise RefusedError(status, what, fix=fix)
 
     def _clean(self, text: str) -> str:
         text = " ".join(text.split())
@@ -243,11 +248,11 @@ class Endpoint:
 
 
 def parsed(content: bytes) -> Any:
-    """A body as JSON; Malformed for one that is cut or is none."""
+    """A body as JSON; MalformedError for one that is cut or is none."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
-        raise Malformed(f"a reply of {len(content)} bytes that is not JSON") from None
+        raise MalformedError(f"a reply of {len(content)} bytes that is not JSON") from None
 
 
 def _message(content: bytes) -> str:

@@ -70,13 +70,22 @@ def av_prompt_ids(
     tokenizer: Tokenizer, sidecar: Sidecar, template: str | Sequence[Mapping[str, Any]] | None = None
 ) -> list[int]:
     """Ids of the AV prompt, the marker not yet looked for; PromptError unless the text has it once."""
+    messages = av_messages(sidecar, template)
+    # The marker may be a special token of the tokenizer; everything else in the text is text.
+    return tokenizer.encode_chat(messages, add_generation_prompt=True, keep_special=(sidecar.marker,))
+
+
+def av_messages(
+    sidecar: Sidecar, template: str | Sequence[Mapping[str, Any]] | None = None
+) -> list[Mapping[str, Any]]:
+    """The chat that asks the AV, with the marker in its place; PromptError unless it is there once."""
     if template is None:
         template = sidecar.av_template
     if template is None:
         raise PromptError("the sidecar has no AV template (prompt_templates.av)", fix="the sidecar of the AV")
     if isinstance(template, str):
         text = sidecar.marker.join(template_parts(template, MARKER_FIELD)).replace(INJECT, sidecar.marker)
-        messages: Sequence[Mapping[str, Any]] = [{"role": "user", "content": text}]
+        messages: list[Mapping[str, Any]] = [{"role": "user", "content": text}]
     else:
         messages = [
             {k: v.replace(INJECT, sidecar.marker) if isinstance(v, str) else v for k, v in m.items()} for m in template
@@ -89,8 +98,7 @@ def av_prompt_ids(
             got=f"{found} places in {_short(template)}",
             fix=f"putting {INJECT} where the vector goes" if not found else "removing the others from the text",
         )
-    # The marker may be a special token of the tokenizer; everything else in the text is text.
-    return tokenizer.encode_chat(messages, add_generation_prompt=True, keep_special=(sidecar.marker,))
+    return messages
 
 
 def find_marker(ids: Sequence[int], sidecar: Sidecar) -> int:

@@ -115,17 +115,32 @@ class SentencePieceBackend:
         return ids, offsets
 
     def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]:
+        return self.offsets_pieces(pieces)[0]
+
+    def offsets_pieces(self, pieces: Sequence[str | int]) -> tuple[list[int], Offsets]:
         ids: list[int] = []
-        start = 0
+        offsets: Offsets = []
+        start = 0  # as a special token counts for one character where the space before a text is decided ...
+        shown = 0  # ... and for its string in the offsets
         for piece in pieces:
             if isinstance(piece, int):
                 ids.append(piece)
-                start += 1
+                offsets.append((shown, shown + len(self._names[piece])))
+                start, shown = start + 1, shown + len(self._names[piece])
                 continue
             for part, at in self._split(piece, self._plain_re):
-                ids += [part] if isinstance(part, int) else self._sp.encode(self._spaced(part, start + at))
-            start += len(piece)
-        return ids
+                if isinstance(part, int):
+                    ids.append(part)
+                    offsets.append((shown + at, shown + at + len(self._names[part])))
+                    continue
+                spaced = self._spaced(part, start + at)
+                first = shown + at
+                shift = first - (len(spaced) - len(part))
+                new = self._sp.encode(spaced)
+                ids += new
+                offsets += [(max(a + shift, first), max(b + shift, first + 1)) for a, b in self._align(spaced, new)]
+            start, shown = start + len(piece), shown + len(piece)
+        return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         text = "".join(self._surfaces(ids))

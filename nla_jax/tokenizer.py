@@ -11,7 +11,9 @@ wrote it.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -21,7 +23,7 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from nla_jax.chat import ChatTemplate, Message, find_chat_template, plain_messages
+from nla_jax.chat import ChatTemplate, ChatTokens, Message, content_spans, find_chat_template, plain_messages
 from nla_jax.errors import InputError, PromptError, TokenizerError
 from nla_jax.spm import Offsets, SentencePieceBackend, longest_first
 
@@ -47,6 +49,7 @@ class Backend(Protocol):
     def encode(self, text: str, parse: bool) -> list[int]: ...
     def offsets(self, text: str, parse: bool) -> tuple[list[int], Offsets]: ...
     def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]: ...
+    def offsets_pieces(self, pieces: Sequence[str | int]) -> tuple[list[int], Offsets]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def token_str(self, i: int) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
@@ -113,13 +116,29 @@ class JsonBackend:
         return encoding.ids, encoding.offsets
 
     def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]:
-        text = "".join(self._stand_in[p] if isinstance(p, int) else p for p in pieces)
+        return self.offsets_pieces(pieces)[0]
+
+    def offsets_pieces(self, pieces: Sequence[str | int]) -> tuple[list[int], Offsets]:
+        written = [self._stand_in[p] if isinstance(p, int) else p for p in pieces]
         specials = [p for p in pieces if isinstance(p, int)]
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        if sum(i in self._stand_in_ids for i in ids) != len(specials):
+        encoding = self._plain.encode("".join(written), add_special_tokens=False)
+        if sum(i in self._stand_in_ids for i in encoding.ids) != len(specials):
             raise InputError("the text holds the characters U+10FFFD and U+10FFFC together", fix="removing them")
         queue = iter(specials)
-        return [next(queue) if i in self._stand_in_ids else i for i in ids]
+        names = {i: content for content, i in self.special.items()}
+        ids = [next(queue) if i in self._stand_in_ids else i for i in encoding.ids]
+        # Where each character of the text with stand-ins is in the text with the special strings themselves.
+        place: list[int] = []
+        at = 0
+        for piece, text in zip(pieces, written, strict=True):
+            if isinstance(piece, int):
+                place += [at] * len(text)
+                at += len(names[piece])
+            else:
+                place += range(at, at + len(text))
+                at += len(text)
+        place.append(at)
+        return ids, [(place[a], place[b]) for a, b in encoding.offsets]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._parsing.decode(list(ids), skip_special_tokens=False)
@@ -241,7 +260,7 @@ class Tokenizer:
         """
         hidden = _Hidden(self._special_re, [t for t, _ in parts])
         text = "".join(t if trusted else hidden.hide(t) for t, trusted in parts)
-        return self._wrap(self._encode_hidden(_checked(text), hidden), add_special)
+        return self._wrap(self._encode_hidden(_checked(text), hidden)[0], add_special)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of the ids. Ids outside the vocabulary (padded embedding rows) are dropped."""
@@ -255,10 +274,13 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """Chat messages as the template writes them; PromptError if it rejects them or there is none."""
+        return self._chat_template().render(messages, add_generation_prompt=add_generation_prompt)
+
+    def _chat_template(self) -> ChatTemplate:
         if self._template is None:
             fix = "the instruct model's tokenizer, or its chat_template.jinja copied into the directory"
             raise PromptError(f"{self.source}: the tokenizer has no chat template", fix=fix)
-        return self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return self._template
 
     def encode_chat(
         self,
@@ -274,7 +296,25 @@ class Tokenizer:
         plain = plain_messages(messages)
         hidden = _Hidden(self._special_re, list(_strings(plain)), keep_special)
         text = self.render_chat(hidden.hide_all(plain), add_generation_prompt=add_generation_prompt)
-        ids = self._encode_hidden(_checked(text), hidden)
+        return self._one_bos(self._encode_hidden(_checked(text), hidden)[0])
+
+    def encode_chat_with_spans(self, messages: Sequence[Message], *, today: datetime.date) -> ChatTokens:
+        """The ids of `encode_chat`, where each stands in the rendered text, and whose words that text is.
+
+        `today` is what a template that writes the date is given.
+        """
+        template = self._chat_template()
+        plain = plain_messages(messages)
+        hidden = _Hidden(self._special_re, list(_strings(plain)))
+        masked = hidden.hide_all(plain)
+        text = _checked(template.render(masked, today=today))
+        ids, offsets = self._encode_hidden(text, hidden)
+        spans = content_spans(masked, text, lambda marked: template.render(marked, today=today), hidden.fresh)
+        place = hidden.places(text)
+        shown = [(place[a], place[b], i) for a, b, i in spans]
+        return ChatTokens(hidden.show(text), self._one_bos(ids), offsets, shown)
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
             raise PromptError(f"{self.source}: the chat template writes BOS twice", fix="the base model's template")
         return ids
@@ -282,9 +322,10 @@ class Tokenizer:
     def _wrap(self, ids: list[int], add_special: bool) -> list[int]:
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 
-    def _encode_hidden(self, text: str, hidden: _Hidden) -> list[int]:
+    def _encode_hidden(self, text: str, hidden: _Hidden) -> tuple[list[int], Offsets]:
+        """Ids, and the characters [start, end) of `hidden.show(text)` that each stands for."""
         if not hidden.names:
-            return self._backend.encode(text, True)
+            return self._backend.offsets(text, True)
         assert self._special_re is not None  # it found what was hidden
         pieces: list[str | int] = []
         at = 0
@@ -292,7 +333,7 @@ class Tokenizer:
             pieces += [hidden.show(text[at : match.start()]), self._backend.special[match[0]]]
             at = match.end()
         pieces.append(hidden.show(text[at:]))
-        return self._backend.encode_pieces([p for p in pieces if p != ""])
+        return self._backend.offsets_pieces([p for p in pieces if p != ""])
 
 
 class _Hidden:
@@ -311,8 +352,12 @@ class _Hidden:
         if match[0] in self._keep:
             return match[0]
         if match[0] not in self.names:
-            self.names[match[0]] = next(self._free)
+            self.names[match[0]] = self.fresh()
         return self.names[match[0]]
+
+    def fresh(self) -> str:
+        """A private character that no text holds and nothing else stands for."""
+        return next(self._free)
 
     def hide_all(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -325,6 +370,13 @@ class _Hidden:
         for name, character in self.names.items():
             text = text.replace(character, name)
         return text
+
+    def places(self, text: str) -> Sequence[int]:
+        """For every index into `text`, and its length, the index into `show(text)`."""
+        if not self.names:
+            return range(len(text) + 1)
+        longer = {character: len(name) for name, character in self.names.items()}
+        return [0, *itertools.accumulate(longer.get(c, 1) for c in text)]
 
 
 def _strings(value: Any) -> Sequence[str]:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 from pathlib import Path
 
 import pytest
 
+from nla_jax.xla_cache import machine
+
 REPO = Path(__file__).resolve().parent.parent
-
-
-def _machine() -> str:
-    """Names this kind of CPU: code compiled for one may not run on another that shares the directory."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    features = [line for line in lines if line.lower().startswith(("model name", "flags", "features"))][:2]
-    return hashlib.sha256("\n".join([platform.machine(), *features]).encode()).hexdigest()[:12]
 
 
 # By environment, so that the processes which tests start inherit it. Name an accelerator there to use it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation, and a warm cache saves most of that (`make clean` empties it).
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "jax" / _machine()))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "jax" / machine()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402  (after the environment it reads)

@@ -113,6 +113,13 @@ def test_long_sequences_take_the_blocked_kernel(small_blocks):
         spec = AttnSpec(scale=0.5, kernel=kernel)
         return str(jax.make_jaxpr(jax.grad(lambda q: attend(q, k, k, spec, q_pos_T=at, k_pos_S=at).sum()))(q))
 
+    def largest_kept(kernel):
+        spec = AttnSpec(scale=0.5, kernel=kernel)
+        backward = jax.vjp(lambda q, k: attend(q, k, k, spec, q_pos_T=at, k_pos_S=at), q, k)[1]
+        return max(x.size for x in jax.tree.leaves(backward))
+
+    assert largest_kept("plain") >= 2 * T * T
+    assert largest_kept("blocked") <= q.size  # not even one block's scores wait for the backward pass
     assert f"{T},{T}]" in program("plain")
     assert f"{T},{T}]" not in program("blocked")
     assert f"{T},{T}]" not in program("auto")

@@ -14,6 +14,7 @@ from reference import relative_error
 from nla_jax.models.config import ModelConfig, RopeSpec, truncate_hf_config
 from nla_jax.models.config_fields import HARMLESS, READ_BY
 from nla_jax.models.errors import ConfigError
+from nla_jax.models.params import abstract_params
 from nla_jax.models.transformer import forward
 
 EACH_CHANGE = [(case, label) for case, labels in CHANGES.items() for label in labels]
@@ -25,8 +26,12 @@ def test_a_changed_field_changes_the_logits_as_in_transformers(case, label):
     config = changed(base, CHANGES[case][label])
     cfg = ModelConfig.from_hf(config)
     ids = np.minimum(tokens(), cfg.vocab_size - 1)
+    params = to_params(hf_weights(config))
     with jax.disable_jit():  # each model runs once: op by op is faster than compiling it
-        logits = forward(to_params(hf_weights(config)), ids, cfg)[:, -1]
+        logits = forward(params, ids, cfg)[:, -1]
+    assert jax.tree.map(lambda p: (p.shape, p.dtype), params) == jax.tree.map(
+        lambda p: (p.shape, p.dtype), abstract_params(cfg)
+    )
     expected, before = golden(case)[f"changed/{label}"], golden(case)["logits"][:, -1]
     assert relative_error(logits, expected) < 1e-4
     assert logits.shape != before.shape or relative_error(logits, before) > 1e-2

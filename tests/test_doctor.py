@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -469,6 +470,24 @@ def test_garbage_in_any_file_is_a_problem_and_no_crash(originals, tmp_path, file
     assert all("\n" not in f.text for f in diagnosis.findings)
 
 
+@pytest.mark.parametrize("value", ["text", [1], 7, {"a": []}, None])
+def test_fields_of_the_wrong_type_never_crash(originals, tmp_path, value):
+    pair = copied(originals["qwen2"], tmp_path)
+    originals_ = {d: (d / "nla_meta.yaml").read_text() for d in (pair.av, pair.ar)}
+    for key in ("kind", "role", "extraction", "tokens", "prompt_templates", "critic", "training", "schema_version"):
+        for directory, text in originals_.items():
+            (directory / "nla_meta.yaml").write_text(text)
+            edit_sidecar(directory, lambda c, key=key: c.update({key: value}))
+        check(pair.target, pair.av, pair.ar)
+    for directory, text in originals_.items():
+        (directory / "nla_meta.yaml").write_text(text)
+    for key in ("model_type", "eos_token_id", "num_hidden_layers", "torch_dtype", "vocab_size"):
+        edit_json(pair.av / "config.json", **{key: value})
+        edit_json(pair.ar / "tokenizer_config.json", bos_token=value, chat_template=value)
+        edit_json(pair.av / "generation_config.json", eos_token_id=value)
+        check(pair.target, pair.av, pair.ar)
+
+
 # -- the command --------------------------------------------------------------------------------------------------
 
 
@@ -499,3 +518,33 @@ def test_unusable_input_exits_with_2_and_one_line(tmp_path, kind):
     assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.output
     with pytest.raises(InputError):
         diagnose(arguments)
+
+
+def test_an_injection_scale_unlike_the_released_one_is_a_warning():
+    from nla_jax.configs.released import RELEASED
+    from nla_jax.doctor_checks import _scales
+
+    pair = RELEASED[0]
+    for scale, levels in (
+        (pair["injection_scale"], []),
+        (pair["injection_scale"] / pair["d_model"] ** 0.5, ["warning"]),
+    ):
+        sidecar = SimpleNamespace(
+            d_model=pair["d_model"],
+            layer_index=pair["layer_index"],
+            marker_id=pair["marker_id"],
+            injection_mode="replace",
+            injection_scale=scale,
+            mse_scale=pair["d_model"] ** 0.5,
+        )
+        report = _Recorder()
+        _scales(SimpleNamespace(path="x", kind="AV", section=lambda name: {"mse_scale": 1}), sidecar, report)
+        assert [level for level, name in report.seen if name == "injection scale"] == levels
+
+
+class _Recorder:
+    def __init__(self):
+        self.seen = []
+
+    def __getattr__(self, level):
+        return lambda where, name, *rest: self.seen.append((level, name))

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from nla_jax import __version__
+from nla_jax import __version__, xla_cache
 from nla_jax.errors import NLAError
 
 # name -> (module, what the list of commands says). The click command in the module bears the command's name.
@@ -24,8 +24,11 @@ COMMANDS = {
     "verbalize": ("nla_jax.tools.verbalize", "Explain activation vectors from a file."),
     "reconstruct": ("nla_jax.tools.reconstruct", "Turn explanations back into vectors."),
     "score": ("nla_jax.tools.score", "Measure how well texts reconstruct vectors."),
+    "extract": ("nla_jax.tools.extract", "Read a corpus with a model into an activation store."),
     "convert": ("nla_jax.tools.convert", "Convert checkpoints to and from Hugging Face form."),
     "doctor": ("nla_jax.tools.doctor", "Check model directories against each other."),
+    "teach": ("nla_jax.tools.teach", "Write warm-start explanations for the rows of a store."),
+    "data": ("nla_jax.tools.data", "Look at, check, merge and split activation stores."),
     "demo": ("nla_jax.tools.demo", "Explain a text with a small model made on the spot."),
 }
 
@@ -63,6 +66,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
+        xla_cache.enable()
         command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         if not any("--debug" in param.opts for param in command.params):
             command.params.append(_debug_option())

@@ -255,7 +255,8 @@ def _write_model(
     if shards == 1:
         save_file(stored, directory / "model.safetensors", {"format": "pt"})
         return
-    names, weight_map = list(stored), {}
+    names = list(stored)
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = names[i * len(names) // shards : (i + 1) * len(names) // shards]

@@ -19,7 +19,7 @@ SPECIAL = {
     "chatml": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     "bos": ("<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"),
 }
-_NAMED = {
+_NAMED: dict[str, dict[str, str | None]] = {
     "chatml": {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "bos": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
 }
