@@ -47,11 +47,11 @@ def attend(
 ) -> jax.Array:
     """Causal attention of T queries over a shared prefix and S own keys; returns [B, T, N, H].
 
-    Positions are absolute token indices, the same for all rows, or one line [B, T] per row. A key is visible when it is not after the query and,
-    where `window` > 0, fewer than `window` tokens before it. Without `cached`, the S keys are the T queries' own
-    tokens. With it they are the slots of a cache; slots not filled yet must carry positions after every query.
-    `prefix` holds keys and values [K, P, H] at positions 0..P-1. `segments` [B, T] numbers the samples that are packed
-    into a row, one after another: a token sees the prefix and its own segment, and no other.
+    Positions are absolute token indices, [T] the same for all rows or [B, T]. A key is visible when it is not after
+    the query and, where `window` > 0, fewer than `window` tokens before it. Without `cached`, the S keys are the T
+    queries' own tokens. With it they are the slots of a cache; slots not filled yet must carry positions after every
+    query. `prefix` holds keys and values [K, P, H] at positions 0..P-1. `segments` [B, T] numbers the samples that are
+    packed into a row, one after another: a token sees the prefix and its own segment, and no other.
     """
     T = q_BxTxNxH.shape[1]
     assert segments is None or not cached, "packed rows have no cache"

@@ -75,9 +75,7 @@ def av_prompt_ids(
     return tokenizer.encode_chat(messages, add_generation_prompt=True, keep_special=(sidecar.marker,))
 
 
-def av_messages(
-    sidecar: Sidecar, template: str | Sequence[Mapping[str, Any]] | None = None
-) -> list[Mapping[str, Any]]:
+def av_messages(sidecar: Sidecar, template: str | Sequence[Mapping[str, Any]] | None = None) -> list[Mapping[str, Any]]:
     """The chat that asks the AV, with the marker in its place; PromptError unless it is there once."""
     if template is None:
         template = sidecar.av_template

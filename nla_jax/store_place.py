@@ -15,15 +15,14 @@ from nla_jax.manifest import MANIFEST
 from nla_jax.models.atomic import atomic_dir
 
 _OWN = ("rows/", "docs/", "vectors/", "done/", "explanations/")  # what a store consists of, besides JSON files
-_LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def new_root(path: str | Path) -> Iterator[Root]:
     """Where a new store is written: a temporary directory beside `path`, or the URL itself.
 
-    StoreError if something is there already. What a killed run left is removed first: temporary directories that
-    no living process holds a lock on, and under a URL the parts of a store that has no manifest.
+    StoreError if something is there already. What a killed run left is removed first: its temporary directory, and
+    under a URL the parts of a store that has no manifest.
     """
     root = Root(path)
     if root.local is None:
@@ -35,13 +34,11 @@ def new_root(path: str | Path) -> Iterator[Root]:
         return
     target = root.local
     _require_free(target)
-    remove_stale(target)
-    with atomic_dir(target) as temporary:
-        with locked(temporary):
-            inside = Root(temporary)
-            inside.path = root.path  # what errors are to name
-            yield inside
-            _require_free(target)
+    with sole_writer(target), atomic_dir(target) as temporary:
+        inside = Root(temporary)
+        inside.path = root.path  # what errors are to name
+        yield inside
+        _require_free(target)
 
 
 def _require_free(target: Path) -> None:
@@ -54,22 +51,38 @@ def _require_free(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(temporary: Path) -> Iterator[None]:
-    """Marks a temporary directory as in use while the process lives; the mark is gone before it is moved."""
-    with open(temporary / _LOCK, "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
+def sole_writer(target: Path) -> Iterator[None]:
+    """Makes this process the only one that writes `target` anew, and removes what killed ones left beside it.
+
+    A lock file beside `target` says so while the process lives; StoreError if another living one holds it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.parent / f".{target.name}.lock"
+    while True:
+        file = open(lock, "w")
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            fix = "waiting for it, or another name"
+            raise StoreError(f"{target} is being written by another process", fix=fix) from None
+        except OSError:
+            break  # a file system without locks
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()  # its last holder removed it between our open and our lock
+    try:
+        _remove_leftovers(target)
         yield
-        os.unlink(temporary / _LOCK)
-
-
-def remove_stale(target: Path) -> None:
-    """Removes what killed runs left beside `target`: temporary directories that no living process holds a lock on."""
-    for left in target.parent.glob(f".{target.name}.*.tmp") if target.parent.is_dir() else ():
+        _remove_leftovers(target)
+    finally:
         with contextlib.suppress(OSError):
-            with open(left / _LOCK) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
+            lock.unlink()
+        file.close()
+
+
+def _remove_leftovers(target: Path) -> None:
+    for left in target.parent.glob(f".{target.name}.*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
     if target.is_dir():  # it was replaced: what it replaced is of no use
         for left in target.parent.glob(f".{target.name}.*.old"):
             shutil.rmtree(left, ignore_errors=True)

@@ -87,7 +87,8 @@ def document_hashes(store: Store) -> tuple[np.ndarray, np.ndarray]:
     ids, texts = np.empty((store.n_docs, 2), np.uint64), np.empty((store.n_docs, 2), np.uint64)
     for block in _blocks(store.n_docs, _DOCS):
         for i, (doc_id, text) in enumerate(zip(store.doc_ids(block), store.texts(block), strict=True), block.start):
-            ids[i], texts[i] = _hash(b"id", doc_id), _hash(b"text", text)
+            ids[i] = _hash(b"id", doc_id)
+            texts[i] = _hash(b"text", text) if text else ids[i]  # documents without a text do not share one
     return ids, _joined(texts)
 
 

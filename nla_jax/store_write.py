@@ -45,7 +45,7 @@ from nla_jax.manifest import (
 )
 from nla_jax.models.atomic import atomic_dir
 from nla_jax.store import EXPLANATIONS, Store
-from nla_jax.store_place import locked, new_root, remove_stale
+from nla_jax.store_place import new_root, sole_writer
 
 OK, DROPPED = 1, 2  # explanations/status; 0 is none
 
@@ -346,9 +346,7 @@ def _replacing(root: Root, name: str) -> Iterator[Root]:
         yield Root(f"{root.path.rstrip('/')}/{name}")
         return
     target = root.local / name
-    remove_stale(target)
-    with atomic_dir(target, overwrite=True) as temporary, locked(temporary):
+    with sole_writer(target), atomic_dir(target, overwrite=True) as temporary:
         yield Root(temporary)
         # Without its JSON file a set of explanations does not exist, so a kill here leaves none, never a mixture.
         root.delete(EXPLANATIONS)
-    remove_stale(target)

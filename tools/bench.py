@@ -1,9 +1,10 @@
 """Speed on this machine, against an equivalent PyTorch program and against the hardware.
 
-    python -m nla_jax.tools.bench [--rounds 3] [--av-batch 1,8,32] [--json out.json]
+    tools/bench.py [infer] [--rounds 3] [--av-batch 1,8,32] [--json out.json]
+    tools/bench.py data [--quick]         extraction, loader, memory (bench_data.py)
 
-Three programs on random weights of the released Qwen2.5-7B pair's shape at reduced width (28 blocks, layer 20,
-prompt of 125 tokens with the marker at 111, 150 response tokens, 126-token AR prompts):
+`infer` runs three programs on random weights of the released Qwen2.5-7B pair's shape at reduced width (28 blocks,
+layer 20, prompt of 125 tokens with the marker at 111, 150 response tokens, 126-token AR prompts):
 
 * extract: residual vectors of block 20 for a batch of documents;
 * explain: AV explanations of a batch of vectors;
@@ -121,7 +122,31 @@ def forward_flops(cfg: ModelConfig, tokens: int, context: float, *, head_tokens:
     return cfg.n_layers * tokens * (2 * per_block + attention) + 2 * head_tokens * cfg.d_model * cfg.vocab_size
 
 
-@click.command()
+class _Benchmarks(click.Group):
+    """`infer` where no benchmark is named; the others' modules are imported when they are asked for."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] != "--help"):
+            args = ["infer", *args]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["infer", "data"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "data":
+            from nla_jax.tools import bench_data
+
+            return bench_data.main
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Benchmarks)
+def main() -> None:
+    """Speed on this machine: ratios against torch in one run, and against the hardware limit."""
+
+
+@main.command()
 @click.option("--scale", default=8, type=click.Choice(["1", "2", "4", "8"]), help="Divide the released widths by this.")
 @click.option("--rounds", default=3, help="Measured calls per program; the median counts.")
 @click.option("--documents", default="8x256", help="Extraction batch: documents x tokens.")
@@ -130,7 +155,7 @@ def forward_flops(cfg: ModelConfig, tokens: int, context: float, *, head_tokens:
 @click.option("--only", default="extract,explain,reconstruct", help="Which programs to run.")
 @click.option("--torch/--no-torch", "use_torch", default=None, help="Compare with torch (default: if installed).")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
-def main(
+def infer(
     scale: str,
     rounds: int,
     documents: str,

@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": ("nla_jax.tools.convert", "Convert checkpoints to and from Hugging Face form."),
     "doctor": ("nla_jax.tools.doctor", "Check model directories against each other."),
     "teach": ("nla_jax.tools.teach", "Write warm-start explanations for the rows of a store."),
+    "build": ("nla_jax.tools.build", "Make the training sets of a store."),
     "data": ("nla_jax.tools.data", "Look at, check, merge and split activation stores."),
     "demo": ("nla_jax.tools.demo", "Explain a text with a small model made on the spot."),
 }

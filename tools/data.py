@@ -85,7 +85,8 @@ def _facts(store: Store, explanations: Any) -> Iterator[tuple[str, str]]:
     for k in store.layers:
         names = f"model.layers[{k}], blocks.{k}.hook_resid_post, hidden_states[{k + 1}]"
         yield "layer", f"{k}: output of block {k}, {names}"
-    yield "model", f"{model.get('name')}, {model.get('n_layers')} blocks"
+    depth = f", {model['n_layers']} blocks" if model.get("n_layers") else ""
+    yield "model", f"{model.get('name')}{depth}"
     counts = {k: v for k, v in m["corpus"].get("counts", {}).items() if v}
     yield "corpus", f"{m['corpus'].get('name')}: " + ", ".join(f"{v:,} {k}" for k, v in counts.items())
     yield "settings", ", ".join(f"{k} {json.dumps(v)}" for k, v in sorted(m["settings"].items()))

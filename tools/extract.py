@@ -180,7 +180,7 @@ def _report_skipped(counts: Mapping[str, int], corpus: Corpus) -> None:
     names = {"too_short": "without a position to keep", "cut": "cut at the longest length read"}
     parts = [f"{n} {names.get(k, k.replace('_', ' '))}" for k, n in counts.items() if n and k != "documents"]
     if parts:
-        note(f"of {counts['documents']} documents and what else there was: " + ", ".join(parts))
+        note(f"corpus: {counts['documents']} documents read, " + ", ".join(parts))
     for problem in corpus.problems:
         note(f"  {problem}")
 
