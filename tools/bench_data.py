@@ -81,7 +81,9 @@ print(rows, start, peak())
 @click.option("--quick", is_flag=True, help="Small sizes, one round: to see that it runs.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to put temporary files.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
-def main(only: str, quick: bool, folder: Path | None, json_path: Path | None, use_torch: bool | None, **sizes: Any):
+def main(
+    only: str, quick: bool, folder: Path | None, json_path: Path | None, use_torch: bool | None, **sizes: Any
+) -> None:
     """Measures extraction, reading, memory and size of activation data."""
     if quick:
         sizes.update(rows=2000, small_rows=1000, d_model=256, documents=4, max_tokens=96, rounds=1)

@@ -83,7 +83,7 @@ def parse_rows(text: str | None) -> slice | None:
     type=_COUNT,
     default=1024,
     show_default=True,
-    help="Rows computed, written and recorded together: what a kill loses. With N devices, N times as many pay.",
+    help="Rows computed, written and recorded together: what a kill loses. Best N times as many with N devices.",
 )
 @click.option("--process", default=0, help="Number of this process; process 0 makes the index.")
 @click.option("--processes", type=_COUNT, default=1, help="How many processes share the work.")
@@ -216,13 +216,13 @@ class _Bars:
         note(line)
 
     def indexed(self, documents: int) -> None:
-        bar = self._bar if self._bar is not None else self._open(desc="reading", unit="document")
+        bar = self._bar if self._bar is not None else self._open(desc="reading", unit=" documents")
         bar.update(documents - bar.n)
 
     def extracted(self, done: int, total: int, tokens: int) -> None:
         bar = self._bar
         if bar is None or done == 0:
-            bar = self._open(total=total, desc="extracting", unit="row")
+            bar = self._open(total=total, desc="extracting", unit=" rows")
         elapsed = bar.format_dict["elapsed"]
         if tokens and elapsed:
             bar.set_postfix_str(f"{tokens / elapsed:.0f} tokens/s", refresh=False)
