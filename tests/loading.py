@@ -54,9 +54,9 @@ def explanations(n: int) -> list[str | None]:
     return out
 
 
-def store(path: Path, n_docs: int = 31, d: int = D, spec: dict | None = None) -> Store:
+def store(path: Path, n_docs: int = 31, d: int = D, layers: tuple[int, ...] = (1,), shard_rows: int = 16) -> Store:
     given = {"model": {"name": "mini"}, "tokenizer": {"fingerprint": "f"}, "corpus": {"name": "letters"}}
-    create_index(path, StoreSpec(d_model=d, layers=(1,), **given, **(spec or {"shard_rows": 16})), documents(n_docs))
+    create_index(path, StoreSpec(d_model=d, layers=layers, shard_rows=shard_rows, **given), documents(n_docs))
     fill(path)
     n = Store.open(path).n_rows
     write_explanations(path, explanations(n), {"provider": "words"})

@@ -21,6 +21,7 @@ from nla_jax.examples import ar_example, av_example, av_response_ids, make_examp
 from nla_jax.loader import make_loader
 from nla_jax.prompt import build_av_prompt, wrap_explanation
 from nla_jax.sidecar import parse_sidecar, read_sidecar
+from nla_jax.store_splits import write_splits
 from nla_jax.store_write import write_explanations
 from nla_jax.tokenizer import Tokenizer
 
@@ -426,7 +427,7 @@ def test_shuffling_is_thorough():
 def test_memory_stays_flat(tmp_path):
     """Reading 160 MB of vectors in a process of its own adds what the batches in flight and the caches need."""
     path = tmp_path / "store"
-    store(path, n_docs=2000, d=4096, spec={"shard_rows": 1024})
+    store(path, n_docs=2000, d=4096, shard_rows=1024)
     program = (
         "import re; from nla_jax.store import Store; from nla_jax.loader import make_loader\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"
@@ -446,3 +447,24 @@ def test_vectors_are_read_once_per_batch(world, loader, monkeypatch):
     made = loader("rl")
     list(made)
     assert len(calls) == made.batches_per_epoch and {len(c) for c in calls} == {8}
+    assert sum((np.diff(c) < 0).any() for c in calls) <= 1  # in ascending order, but for what fills up the last
+
+
+def test_rows_of_a_split_by_default(world, tmp_path):
+    _, _, tok, side = world
+    data = store(tmp_path / "store")
+    with pytest.raises(StoreError, match="is not split"):
+        make_loader(data, kind="rl", batch_size=4)
+    write_splits(data.path, seed=1)
+    data = type(data).open(data.path)
+    loaders = {
+        kind: make_loader(data, kind=kind, batch_size=4, epochs=1, buckets=BUCKETS, tokenizer=tok, sidecar=side)
+        for kind in KINDS
+    }
+    for kind, made in loaders.items():
+        assert set(seen(made)) == set(data.rows_of(kind)) & set(usable(data, kind))
+    other = store(tmp_path / "two", n_docs=3, layers=(1, 3))
+    with pytest.raises(InputError, match="rows: expected those of one layer, got a store of layers 1, 3"):
+        make_loader(other, kind="rl", batch_size=4)
+    with pytest.raises(InputError, match="sidecar: d_model: expected 16"):
+        make_loader(store(tmp_path / "narrow", n_docs=3, d=16), kind="rl", batch_size=4, sidecar=side)

@@ -74,8 +74,8 @@ print(rows, start, peak())
 @click.option("--documents", default=60, help="Documents to extract from.")
 @click.option("--max-tokens", default=512, help="Longer documents are cut.")
 @click.option("--scale", default=8, type=click.Choice(["1", "2", "4", "8"]), help="Divide the model's widths by this.")
-@click.option("--batch-tokens", default=8192, help="Padded tokens of an extraction batch, ours.")
-@click.option("--torch-batch-tokens", default=8192, help="The same of the torch program.")
+@click.option("--batch-tokens", default=2048, help="Padded tokens of an extraction batch, ours.")
+@click.option("--torch-batch-tokens", default=2048, help="The same of the torch program.")
 @click.option("--rounds", default=3, help="Measured runs per program; the median counts.")
 @click.option("--torch/--no-torch", "use_torch", default=None, help="Compare with torch (default: if installed).")
 @click.option("--quick", is_flag=True, help="Small sizes, one round: to see that it runs.")
@@ -86,7 +86,7 @@ def main(
 ) -> None:
     """Measures extraction, reading, memory and size of activation data."""
     if quick:
-        sizes.update(rows=2000, small_rows=1000, d_model=256, documents=4, max_tokens=96, rounds=1)
+        sizes.update(rows=2000, small_rows=1000, d_model=256, documents=4, max_tokens=96, rounds=1, batch_tokens=256)
     wanted = [w.strip() for w in only.split(",")]
     console = Console(width=None if Console().is_terminal else 120)
     report: dict[str, Any] = {"settings": {**sizes, "batch": BATCH, "threads": THREADS, "prefetch": PREFETCH}}
