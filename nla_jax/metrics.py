@@ -36,3 +36,20 @@ def variance_nrm(vectors_NxD: np.ndarray, mse_scale: float) -> float:
 def fve_nrm(mse_nrm_N: np.ndarray, variance: float) -> float:
     """1 - sum(mse_nrm) / sum(variance): the headline number; a ratio of sums, not a mean of ratios."""
     return 1.0 - float(np.mean(mse_nrm_N)) / variance
+
+
+def calibrated_fve(predicted_NxD: np.ndarray, vectors_NxD: np.ndarray, mse_scale: float) -> float:
+    """Signed squared correlation between centred predictions and centred vectors, both at norm `mse_scale`.
+
+    What the best scaling and shift of the predictions would explain. Unlike `fve_nrm`, which punishes a confident
+    wrong direction, it is 0 for predictions that belong to other vectors."""
+    p, v = normalize(predicted_NxD, mse_scale), normalize(vectors_NxD, mse_scale)
+    p, v = p - p.mean(axis=0, keepdims=True), v - v.mean(axis=0, keepdims=True)
+    power = float(np.sum(p * p)) * float(np.sum(v * v))
+    inner = float(np.sum(p * v))
+    return float(np.sign(inner) * inner**2 / power) if power > 0 else 0.0
+
+
+def constant_floor(variance: float) -> float:
+    """fve_nrm of the best constant prediction, 1 - 2 (1 - sqrt(1 - V)) / V: it is renormalised, so not 0."""
+    return 1.0 - 2.0 * (1.0 - float(np.sqrt(max(1.0 - variance, 0.0)))) / variance

@@ -1,7 +1,7 @@
 """The two HTTP APIs that teachers speak: how a prompt is put, and what a reply says.
 
 `openai:MODEL` is the chat completions API, which local servers speak too; `anthropic:MODEL` is the messages API.
-`lexical` needs no model and is in lexical.py.
+`lexical` and `file:PATH` need no model; they are in lexical.py and teacher_file.py.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def open_provider(
     """
     name, colon, model = teacher.partition(":")
     if name not in ("openai", "anthropic") or not model.strip():
-        raise InputError(f"teacher {teacher!r}", expected="openai:MODEL, anthropic:MODEL or lexical")
+        raise InputError(f"teacher {teacher!r}", expected="openai:MODEL, anthropic:MODEL or lexical, or file:PATH")
     own = _OPENAI_URL if name == "openai" else _ANTHROPIC_URL
     url = check_url(base_url or own)
     if name == "anthropic":

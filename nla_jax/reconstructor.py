@@ -36,9 +36,11 @@ def init_head(d_model: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.eye(d_model, dtype=dtype)
 
 
-def reconstruct(ar: ARParams, tokens_BxT: jax.Array, lengths_B: jax.Array, cfg: ModelConfig) -> jax.Array:
+def reconstruct(
+    ar: ARParams, tokens_BxT: jax.Array, lengths_B: jax.Array, cfg: ModelConfig, *, remat: bool = False
+) -> jax.Array:
     """Predicted vectors float32 [B, D] of right-padded prompts: the head applied at token lengths - 1."""
-    x = run_blocks(ar.trunk, embed(ar.trunk, tokens_BxT, cfg), cfg)[0]
+    x = run_blocks(ar.trunk, embed(ar.trunk, tokens_BxT, cfg), cfg, remat=remat)[0]
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
     return jnp.matmul(last, ar.head, precision=precision_of(last.dtype)).astype(jnp.float32)
 

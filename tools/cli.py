@@ -29,6 +29,7 @@ COMMANDS = {
     "doctor": ("nla_jax.tools.doctor", "Check model directories against each other."),
     "teach": ("nla_jax.tools.teach", "Write warm-start explanations for the rows of a store."),
     "build": ("nla_jax.tools.build", "Make the training sets of a store."),
+    "train": ("nla_jax.tools.train", "Train the AR, the AV, or both jointly, as a config says."),
     "data": ("nla_jax.tools.data", "Look at, check, merge and split activation stores."),
     "demo": ("nla_jax.tools.demo", "Explain a text with a small model made on the spot."),
 }

@@ -83,7 +83,8 @@ _COST = options(
     "  nla teach out/store lexical\n"
     "  nla teach out/store openai:gpt-4.1-mini --dry-run --price-in 0.4 --price-out 1.6\n"
     "  nla teach out/store openai:qwen2.5-7b --base-url http://127.0.0.1:8000/v1\n"
-    "  nla teach out/store anthropic:claude-haiku-4-5 --batch"
+    "  nla teach out/store anthropic:claude-haiku-4-5 --batch\n"
+    "  nla teach out/store file:notes.jsonl"
 )
 @click.argument("store_path", metavar="STORE")
 @click.argument("teacher", metavar="TEACHER")
@@ -122,9 +123,10 @@ def teach(
 ) -> None:
     """Write an explanation of 2 or 3 features for each row of STORE, from its text prefix alone.
 
-    TEACHER is openai:MODEL (any server with OpenAI's chat API, see --base-url), anthropic:MODEL, or lexical, which
-    needs no model. Every answer is on disk before the next step, so a run that ends early goes on where it stopped,
-    and a prompt that was answered once is not asked again, by whatever run uses the same --answers.
+    TEACHER is openai:MODEL (any server with OpenAI's chat API, see --base-url), anthropic:MODEL, lexical, which needs
+    no model, or file:PATH: your own explanations, JSONL or parquet with doc_id, position and explanation. Every answer
+    is on disk before the next step, so a run that ends early goes on where it stopped, and a prompt that was answered
+    once is not asked again, by whatever run uses the same --answers.
 
     Keys come from the environment. Without --price-in and --price-out no cost is shown.
     """
@@ -133,12 +135,14 @@ def teach(
     from nla_jax.store import Store
     from nla_jax.teacher import check_teacher, choose_rows, teacher_meta, write_lesson
     from nla_jax.teacher_asking import Asking
+    from nla_jax.teacher_file import file_meta, file_of
     from nla_jax.teacher_prompt import load_instruction
 
     limits = Limits(timeout, retries, backoff, rpm, tpm)
     asking = Asking(context_chars, max_words, concurrency, retry_dropped, batch, batch_size, poll, limits)
     provider = words = None
-    if teacher != LEXICAL:
+    own = file_of(teacher)
+    if teacher != LEXICAL and own is None:
         words = load_instruction(instruction)
         provider = open_provider(
             teacher,
@@ -151,10 +155,10 @@ def teach(
         if batch and provider.name != "anthropic":
             raise InputError("--batch", expected="anthropic:MODEL", got=teacher)
     elif batch or base_url or instruction:
-        raise InputError("--batch, --base-url and --instruction", expected="a teacher that is asked", got=LEXICAL)
+        raise InputError("--batch, --base-url and --instruction", expected="a teacher that is asked", got=teacher)
     store = Store.open(store_path)
     rows = choose_rows(store, rows_spec, limit)
-    meta = teacher_meta(provider, words, asking)
+    meta = teacher_meta(provider, words, asking) if own is None else file_meta(own, max_words)
     if dry_run:
         _dry_run(
             store,
@@ -169,11 +173,10 @@ def teach(
         )
         return
     check_teacher(store, meta, replace)
-    lesson = _learn(store, rows, provider, words, asking, _answers_dir(store_path, answers, provider))
+    lesson = _learn(store, rows, provider, words, asking, _answers_dir(store_path, answers, provider), own)
     if not lesson.ok:
-        raise TeacherError(
-            f"none of {len(rows):,} rows got an explanation ({_reasons(lesson)})", fix="--limit 3 and another model"
-        )
+        fix = "--limit 3 and another model" if own is None else "--rows all"
+        raise TeacherError(f"none of {len(rows):,} rows got an explanation ({_reasons(lesson)})", fix=fix)
     write_lesson(store, lesson, meta, replace)
     click.echo(f"wrote {lesson.ok:,} explanations of {len(rows):,} rows into {store_path}")
     _summary(lesson, provider, price_in, price_out)
@@ -188,12 +191,21 @@ def _answers_dir(store_path: str, answers: Path | None, provider: Provider | Non
 
 
 def _learn(
-    store: Any, rows: Any, provider: Provider | None, words: Instruction | None, asking: Asking, directory: Path
+    store: Any,
+    rows: Any,
+    provider: Provider | None,
+    words: Instruction | None,
+    asking: Asking,
+    directory: Path,
+    own: Path | None,
 ) -> Lesson:
     from nla_jax.answers import Answers
     from nla_jax.teacher import teach as ask
     from nla_jax.teacher import teach_lexical
+    from nla_jax.teacher_file import teach_file
 
+    if own is not None:
+        return teach_file(store, rows, own, max_words=asking.max_words, progress=progress())
     if provider is None or words is None:
         return teach_lexical(store, rows, progress=progress())
     with Answers(directory) as answers:
@@ -212,7 +224,7 @@ def _dry_run(
     price_out: float | None,
 ) -> None:
     if provider is None or words is None:
-        click.echo(f"{len(rows):,} rows; lexical asks nobody and costs nothing")
+        click.echo(f"{len(rows):,} rows; this teacher asks nobody and costs nothing")
         return
     from nla_jax.answers import Answers
     from nla_jax.teacher import estimate

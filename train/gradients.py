@@ -1,0 +1,39 @@
+"""Gradients of a batch in micro-batches, with the shared prompt prefix run once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Batch = dict[str, jax.Array]
+# loss(params, prefix, micro-batch) -> (its share of the whole batch's loss, sums to report)
+Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def gradients(
+    loss: Loss, params: Any, batch: Batch, *, accumulate: int = 1, prefix: Callable[[Any], Any] = lambda params: None
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """(loss, sums, gradient) of a batch whose rows are split into `accumulate` micro-batches.
+
+    `loss` gives each micro-batch's *share* (its sum over the whole batch's count), so shares, sums and gradients add
+    up to the whole batch's. `prefix(params)` are the keys and values that every row attends to: they are computed
+    once, every micro-batch adds to their gradient, and that is pulled back through the prefix once at the end.
+    """
+    shared, pull = jax.vjp(prefix, params)
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    if accumulate == 1:
+        (total, sums), (g_params, g_shared) = grad(params, shared, batch)
+    else:
+        # Row i * accumulate + j goes to micro-batch j: a batch sharded over its rows stays where it is.
+        micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
+        first = jax.tree.map(lambda x: x[0], micro)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, shared, first))
+
+        def add(carry: Any, one: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, grad(params, shared, one)), None
+
+        ((total, sums), (g_params, g_shared)), _ = jax.lax.scan(add, zero, micro)
+    return total, sums, jax.tree.map(jnp.add, g_params, pull(g_shared)[0])

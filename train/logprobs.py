@@ -1,0 +1,37 @@
+"""Log-probabilities of given tokens without ever holding [tokens, V]: vocabularies are 128k to 262k wide."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from nla_jax.models.config import ModelConfig
+from nla_jax.models.layers import unembed
+from nla_jax.models.params import Params
+
+
+def token_logprobs(
+    params: Params, x_BxTxD: jax.Array, targets_BxT: jax.Array, cfg: ModelConfig, *, chunk: int = 1024
+) -> jax.Array:
+    """Log-probability float32 [B, T] of each target under the logits of the stream `x` (before the final norm).
+
+    Some `chunk` tokens are projected at a time, and projected again in the backward pass. The chunks go along T, so
+    that a batch sharded over B stays where it is."""
+    B, T, D = x_BxTxD.shape
+    size = min(max(chunk // B, 1), T)
+    pad = -T % size
+
+    def chunks(y: jax.Array) -> jax.Array:
+        y = jnp.pad(y, ((0, 0), (0, pad)) + ((0, 0),) * (y.ndim - 2))
+        return jnp.moveaxis(y.reshape(B, (T + pad) // size, size, *y.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = unembed(params, x, cfg)
+        chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    if size == T:
+        return one(params, x_BxTxD, targets_BxT)
+    _, out = jax.lax.scan(lambda _, xs: (None, one(params, *xs)), None, (chunks(x_BxTxD), chunks(targets_BxT)))
+    return jnp.moveaxis(out, 0, 1).reshape(B, T + pad)[:, :T]

@@ -1,0 +1,224 @@
+"""Joint RL (DESIGN section 6): rollout, reward, one GRPO step of the AV and one regression step of the AR.
+
+One optimizer step per rollout. The sampler and the training forward pass are the same functions over the same
+parameters, so the probability ratio is 1 up to rounding; `ratio_error` reports how far from 1 it is.
+
+    samples = rollout(av, vectors, keys)          device: prefix once, one prefill per vector, G samples share it
+    reference = reference_logprobs(...)           device, while the host decodes and parses the samples' text
+    judged = judge(ar, texts, vectors)            device: errors, rewards, advantages, from the AR before its update
+    av, _ = policy_step(av, ...)                  device
+    ar, _ = ar_step(ar, ...)                      device; no gradient crosses the text, in either direction
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from nla_jax.models.cache import Prefix
+from nla_jax.models.params import Params
+from nla_jax.models.sampler import Samples, row_keys
+from nla_jax.reconstructor import ARParams, reconstruct
+from nla_jax.train.gradients import Batch, gradients
+from nla_jax.train.objectives import (
+    advantages,
+    kl_terms,
+    mse_nrm,
+    policy_terms,
+    replace_unusable,
+    rewards,
+    token_weights,
+    usable,
+)
+from nla_jax.train.state import Metrics, TrainState, apply_gradients, cast
+from nla_jax.train.steps import ARConfig, AVConfig, av_logprobs, av_mask, guarded, prefix_fn
+from nla_jax.verbalizer import sample_explanations
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """The two models' step configurations and the objective's choices (see `train.settings.RLSettings`).
+
+    `on_policy_ratio`: the old log-probabilities are the policy's own ("self", rho is exactly 1) or those recorded
+    while sampling ("sampled"). `replay_av` weighs the cross-entropy of teacher pairs that is added to the AV's loss.
+    """
+
+    av: AVConfig
+    ar: ARConfig
+    stop_ids: tuple[int, ...]
+    samples: int = 8
+    max_new_tokens: int = 150
+    reward: str = "neg_mse"
+    advantage: str = "group_std"
+    aggregate: str = "sample"
+    clip_ratio: float = 0.2
+    kl_coef: float = 0.01
+    kl: str = "k2"
+    on_policy_ratio: str = "self"
+    replay_av: float = 0.0
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def decode_layout(params: Params, *, cfg: AVConfig) -> tuple[Params, Prefix | None]:
+    """The AV as the sampler wants it, once per update: in the compute dtype, with its prompt's keys and values."""
+    return cast(params, cfg.compute_dtype), prefix_fn(cfg)(params)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "samples"))
+def step_keys(seed: jax.Array, step: jax.Array, *, rows: int, samples: int) -> jax.Array:
+    """Keys [rows * samples] of one step's samples: they depend on (seed, step, row in the batch, sample) alone."""
+    seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), step), dtype=jnp.uint32)
+    return row_keys(seed, jnp.arange(rows, dtype=jnp.uint32), samples)
+
+
+def rollout(
+    params: Params, vectors_NxD: jax.Array, keys: jax.Array, *, cfg: RLConfig, temperature: float = 1.0
+) -> Samples:
+    """G explanations of each vector, at temperature 1 without top-p or top-k; row n * G + g is sample g of vector n.
+
+    Nothing waits for the device. Unusable vectors are replaced, so that they cannot spoil the batch."""
+    av, prefix = decode_layout(params, cfg=cfg.av)
+    return sample_explanations(
+        av,
+        prefix,
+        _usable_vectors(vectors_NxD, cfg.av.norms),
+        keys,
+        prompt=cfg.av.prompt,
+        cfg=cfg.av.model,
+        injection_scale=cfg.av.injection_scale,
+        mode=cfg.av.mode,
+        samples=keys.shape[0] // vectors_NxD.shape[0],
+        temperature=temperature,
+        max_new_tokens=cfg.max_new_tokens,
+        stop_ids=cfg.stop_ids,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("norms",))
+def _usable_vectors(vectors: jax.Array, norms: tuple[float, float]) -> jax.Array:
+    return replace_unusable(vectors, usable(vectors, norms))
+
+
+@struct.dataclass
+class Judged:
+    """What the AR says of N x G samples: `errors` mse_nrm, `rewards`, `advantages`, `weight` (0 where the vector is
+    unusable), all float32 [N * G], and metrics."""
+
+    errors: jax.Array
+    rewards: jax.Array
+    advantages: jax.Array
+    weight: jax.Array
+    metrics: Metrics
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def judge(ar: ARParams, batch: Batch, penalty_B: jax.Array, *, cfg: RLConfig) -> Judged:
+    """Rewards and advantages of samples. `batch`: `tokens` and `lengths` of the AR prompts [N * G, T], `vectors`
+    [N, D], `valid` [N], `failed` [N * G]; `penalty_B` is subtracted from each reward."""
+    G = cfg.samples
+    good = usable(batch["vectors"], cfg.ar.norms)
+    vectors = jnp.repeat(replace_unusable(batch["vectors"], good), G, axis=0)
+    used = good & batch["valid"]
+    weight = jnp.repeat(used.astype(jnp.float32), G)
+    ar = cast(ar, cfg.ar.compute_dtype)
+    errors = mse_nrm(reconstruct(ar, batch["tokens"], batch["lengths"], cfg.ar.model), vectors, cfg.ar.mse_scale)
+    # An AR that has broken down (NaN) must not pass its state on through the rewards.
+    failed = batch["failed"] | ~jnp.isfinite(errors)
+    errors = jnp.where(failed, 2.0, errors)
+    reward = rewards(errors, failed, cfg.reward) - penalty_B
+    grouped = reward.reshape(-1, G)
+    live = jnp.maximum(jnp.sum(weight), 1.0)
+    std = jnp.sqrt(jnp.maximum(jnp.mean(grouped**2, axis=1) - jnp.mean(grouped, axis=1) ** 2, 0.0))
+    metrics = {
+        "reward": jnp.sum(reward * weight) / live,
+        "mse_nrm": jnp.sum(errors * weight) / live,
+        "reward_std_in_group": jnp.mean(std),
+        "parse_failures": jnp.sum(batch["failed"] * weight),
+        "failed_share": jnp.sum(batch["failed"] * weight) / live,
+        "bad_vectors": jnp.sum(batch["valid"] & ~good),
+    }
+    return Judged(errors, reward, advantages(grouped, cfg.advantage, used).reshape(-1), weight, metrics)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def reference_logprobs(
+    params: Params, prefix: Prefix | None, samples: Samples, vectors_NxD: jax.Array, *, cfg: RLConfig
+) -> jax.Array:
+    """Log-probabilities [B, R] of sampled tokens under the frozen AV, `params` and `prefix` in the compute dtype."""
+    G = samples.tokens.shape[0] // vectors_NxD.shape[0]
+    vectors = jnp.repeat(replace_unusable(vectors_NxD, usable(vectors_NxD, cfg.av.norms)), G, axis=0)
+    batch = {"tokens": _with_tail(samples.tokens, cfg.av), "vectors": vectors}
+    return av_logprobs(params, prefix, batch, cfg.av)[:, cfg.av.tail - 1 :]
+
+
+def _with_tail(tokens_BxR: jax.Array, cfg: AVConfig) -> jax.Array:
+    """The prompt from its marker on, before each sample."""
+    tail = jnp.asarray(cfg.prompt.ids[cfg.prompt.marker :], jnp.int32)
+    return jnp.concatenate([jnp.broadcast_to(tail, (tokens_BxR.shape[0], cfg.tail)), tokens_BxR], axis=1)
+
+
+def policy_batch(
+    samples: Samples, vectors_NxD: jax.Array, judged: Judged, reference_BxR: jax.Array, norms: tuple[float, float]
+) -> Batch:
+    """What `policy_step` takes, one row per sample."""
+    G = samples.tokens.shape[0] // vectors_NxD.shape[0]
+    return {
+        "tokens": samples.tokens,
+        "lengths": samples.lengths,
+        "sampled": samples.logprobs,
+        "reference": reference_BxR,
+        "advantages": judged.advantages,
+        "weight": judged.weight,
+        "vectors": jnp.repeat(_usable_vectors(vectors_NxD, norms), G, axis=0),
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+def policy_step(
+    state: TrainState, batch: Batch, replay: Batch | None = None, *, cfg: RLConfig
+) -> tuple[TrainState, Metrics]:
+    """One GRPO step of the AV on a `policy_batch`. `replay`: an `av_sft` batch whose cross-entropy, times
+    `cfg.replay_av`, is added.
+
+    Metrics: loss, kl (estimate per token, against the frozen AV), clipped (share of tokens where the clip bites),
+    ratio_error (mean |rho - 1| against the sampling log-probabilities), length (tokens per sample), entropy
+    (minus the mean log-probability of the sampled tokens)."""
+    live = jnp.arange(batch["tokens"].shape[1])[None, :] < batch["lengths"][:, None]
+    batch = {**batch, "token_weight": token_weights(live, batch["weight"], cfg.aggregate), "live": live}
+    rows = batch["weight"] > 0
+    counted = jnp.maximum(jnp.sum(live & rows[:, None]), 1)
+    scored = None
+    if replay is not None:
+        batch["replay"] = guarded(replay, cfg.av.norms)
+        scored = jnp.maximum(jnp.sum(av_mask(batch["replay"])), 1)
+
+    def loss(params: Params, prefix: Prefix | None, micro: Batch) -> tuple[jax.Array, Metrics]:
+        params = cast(params, cfg.av.compute_dtype)
+        whole = {"tokens": _with_tail(micro["tokens"], cfg.av), "vectors": micro["vectors"]}
+        logprobs = av_logprobs(params, prefix, whole, cfg.av)[:, cfg.av.tail - 1 :]
+        old = logprobs if cfg.on_policy_ratio == "self" else micro["sampled"]
+        terms, _ = policy_terms(logprobs, old, micro["advantages"], cfg.clip_ratio)
+        kl = kl_terms(logprobs, micro["reference"], cfg.kl)
+        seen = micro["live"] & (micro["weight"] > 0)[:, None]
+        # `where`, not a product alone: tokens after the end are not samples and may have any log-probability.
+        value = jnp.sum(jnp.where(seen, (terms + cfg.kl_coef * kl) * micro["token_weight"], 0.0))
+        if scored is not None:
+            sft = av_logprobs(params, prefix, micro["replay"], cfg.av)
+            value -= cfg.replay_av * jnp.sum(jnp.where(av_mask(micro["replay"]), sft, 0.0)) / scored
+        rho = jnp.exp(jax.lax.stop_gradient(logprobs) - micro["sampled"])
+        sums = {
+            "kl": jnp.sum(jnp.where(seen, kl, 0.0)) / counted,
+            "entropy": -jnp.sum(jnp.where(seen, logprobs, 0.0)) / counted,
+            "clipped": jnp.sum(seen & (jnp.abs(rho - 1) > cfg.clip_ratio)) / counted,
+            "ratio_error": jnp.sum(jnp.where(seen, jnp.abs(rho - 1), 0.0)) / counted,
+        }
+        return value, sums
+
+    value, sums, grads = gradients(loss, state.params, batch, accumulate=cfg.av.accumulate, prefix=prefix_fn(cfg.av))
+    state, metrics = apply_gradients(state, grads, cfg.av.optim)
+    length = jnp.sum(batch["lengths"] * rows) / jnp.maximum(jnp.sum(rows), 1)
+    return state, {"loss": value, "length": length, **sums, **metrics}
