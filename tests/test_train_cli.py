@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def variants(world, tmp_path_factory) -> dict[str, str]:
     (unbuilt / BUILD_FILE).unlink()
     full = Path(shutil.copytree(world.store, place / "full"))
     training.build_sets(world, full, (0.3, 0.3, 0.4))
-    wide = make_mini(place / "wide", d_model=48, dtype="float32")
+    wide = make_mini(place / "wide", d_model=64, dtype="float32")
     cut = Path(shutil.copytree(world.av, place / "cut"))
     for file in cut.glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-100])
@@ -81,7 +82,7 @@ def train(capsys, *args: object) -> tuple[int, str, str]:
         ("rl", {"rl.av": "template"}, "av_template: expected"),
         ("rl", {"rl.av": "no sidecar"}, "nla_meta.yaml"),
         ("rl", {"rl.av": "cut"}, "cut"),
-        ("rl", {"rl.batch_size": "=4000"}, "4000"),
+        ("rl", {"rl.batch_size": "=4000"}, "config.rl.batch_size: expected at most 184"),
         ("rl", {"rl.replay_arr": "=0.5"}, "replay_arr.*replay_ar"),
         ("rl", {"rl.samples": "=1"}, "config.rl.samples: expected 2 or more"),
         ("rl", {"rl.eval_store": "missing"}, "nothing here"),
@@ -101,8 +102,6 @@ def train(capsys, *args: object) -> tuple[int, str, str]:
     ],
 )
 def test_what_cannot_work_is_one_line(world, variants, stage, assignments, message, tmp_path, capsys):
-    import re
-
     config, out = world.config_file(tmp_path / "config.py"), tmp_path / "run"
     values = {k: v[1:] if v.startswith("=") else variants[v] for k, v in assignments.items()}
     code, stdout, err = train(

@@ -54,6 +54,8 @@ def test_held_out_rows_are_of_documents_that_nothing_was_trained_on(world):
     # One of each document before a second of any.
     held = evaluate.held_out(made, None, 10)
     assert len(set(held.docs.tolist())) == 10
+    place = held.rows - np.searchsorted(docs, held.docs)  # among the rows of its document
+    assert len(set(place.tolist())) > 1, "only the earliest positions are evaluated"
     texts = held.contexts
     assert all(made.store.prefixes(held.rows)[i] == texts[i] for i in range(10))
 

@@ -110,20 +110,29 @@ def test_killed_half_way(world, config, undisturbed, stage, tmp_path):
 def test_ten_kills_at_random_moments(world, config, undisturbed, seed, tmp_path):
     """Of the stage that has the most to lose. Some kills come while imports, compilation or evaluation go on, some
     just after a checkpoint's directory has appeared, so that it is not finished."""
-    expected, run_dir = undisturbed("rl"), tmp_path / "rl"
+    expected, out = undisturbed("rl"), tmp_path / "0"
     rng = random.Random(seed)
-    kills = 0
-    for i in range(10):
-        running = start("rl", config, tmp_path)
-        if i % 2:
-            kills += kill_past(running, run_dir, max(steps_of(run_dir), default=0) + 1)
+    begun = time.monotonic()
+    finish("rl", config, tmp_path / "timed")
+    seconds = time.monotonic() - begun
+    kills, after = 0, []
+    while kills < 10:
+        running = start("rl", config, out)
+        if kills % 2:
+            killed = kill_past(running, out / "rl", max(steps_of(out / "rl"), default=0) + 1)
         else:
-            time.sleep(rng.uniform(0, 15))
-            kills += kill(running)
-    assert kills >= 6, "most runs had ended before they were killed"
-    finish("rl", config, tmp_path)
-    assert_same(world, "rl", expected, run_dir)
-    assert not [p for p in run_dir.rglob("*") if ".tmp" in p.name or "orbax-checkpoint-tmp" in p.name]
+            time.sleep(rng.uniform(0, 0.9 * seconds))
+            killed = kill(running)
+        kills += killed
+        after.append(max(steps_of(out / "rl"), default=0))
+        if not killed:  # it was finished before the tenth: once more from the beginning
+            finish("rl", config, out)
+            assert_same(world, "rl", expected, out / "rl")
+            out = tmp_path / str(kills)
+    finish("rl", config, out)
+    assert_same(world, "rl", expected, out / "rl")
+    assert len(set(after)) > 2, f"the kills came at too few moments: {after}"
+    assert not [p for p in (out / "rl").rglob("*") if ".tmp" in p.name or "orbax-checkpoint-tmp" in p.name]
 
 
 def test_a_signal_is_answered_with_a_checkpoint(world, config, undisturbed, tmp_path):

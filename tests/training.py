@@ -56,7 +56,7 @@ _MUON = {"name": "muon", "lr": 0.02, "adam_lr": 1e-2, "schedule": "constant", "w
 _ADAM = {"name": "adamw", "lr": 1e-3, "schedule": "linear", "warmup": 2.0, "steps": 20}
 # What RL can do beside its objective, at once.
 _OPTIONS: dict[str, Any] = {
-    "replay_ar": 0.25,
+    "replay_ar": 1 / 3,
     "replay_av": 0.1,
     "transforms": [["shuffle", 0.5], ["drop_quotes", 0.3], ["noise", 0.3]],
 }
@@ -219,8 +219,11 @@ _TIMED = ("time", "steps_per_s", "eval_seconds")
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of a stage's directory without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in _TIMED} for row in read_lines(run_dir / "metrics.jsonl")]
+    """metrics.jsonl of a stage's directory without what depends on the clock and on the directory."""
+    rows = [{k: v for k, v in row.items() if k not in _TIMED} for row in read_lines(run_dir / "metrics.jsonl")]
+    for row in rows:
+        row.get("run", {}).get("settings", {}).pop("out", None)
+    return rows
 
 
 def restored(task: Any, run_dir: Path) -> tuple[int, Any, dict[str, Any]]:

@@ -119,13 +119,16 @@ def _sum_seconds(out: Path, seconds: dict[str, float]) -> dict[str, float]:
     return total
 
 
-def _nla(*arguments: object) -> None:
-    """Prints an `nla` command and runs it in this process, which saves its start."""
-    from nla_jax.tools.cli import cli
+def _nla(out: Path, *arguments: object) -> None:
+    """Prints an `nla` command, notes it in OUT/commands.txt, and runs it in this process, which saves its start."""
+    from nla_jax.tools.cli import main
 
     words = [str(a) for a in arguments]
-    click.secho("$ nla " + " ".join(words), err=True, bold=True)
-    code = cli.main(words, "nla", standalone_mode=False)
+    line = "nla " + " ".join(words)
+    click.secho(f"$ {line}", err=True, bold=True)
+    with (out / "commands.txt").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    code = main.main(words, "nla", standalone_mode=False)
     if isinstance(code, int) and code:
         raise click.exceptions.Exit(code)
 
@@ -164,6 +167,7 @@ def _write_world(out: Path, seed: int, size: Size) -> None:
 
 def _train(stage: str, out: Path, seed: int, size: Size) -> None:
     _nla(
+        out,
         *("train", stage, "--config=demo", "--out", out, f"--config.seed={seed}"),
         *(f"--config.target={out}/lm/export/target", f"--config.store={out}/store"),
         *_world_files(out),
@@ -176,6 +180,7 @@ def _train(stage: str, out: Path, seed: int, size: Size) -> None:
 def _train_frozen(out: Path, seed: int, size: Size) -> None:
     """The control: the AR is trained on what the warm-started AV writes, the AV stays as it is."""
     _nla(
+        out,
         *("train", "rl", "--config=demo", "--out", out / "frozen", f"--config.seed={seed}"),
         *(f"--config.target={out}/lm/export/target", f"--config.store={out}/store"),
         *(f"--config.rl.av={out}/av/export/av", f"--config.rl.ar={out}/ar/export/ar"),
@@ -202,6 +207,7 @@ def _make_sets(out: Path, seed: int) -> None:
     except NLAError:
         pass
     _nla(
+        out,
         *("extract", out / "world" / "stories.jsonl", "--target", target, "--layer", LAYER, "--out", store),
         *("--per-document", 4, "--min-position", 16, "--batch-tokens", 8192),
     )
@@ -209,6 +215,6 @@ def _make_sets(out: Path, seed: int) -> None:
         partial = notes.with_suffix(".partial")
         write_notes(Store.open(store), out / "world" / "facts.jsonl", partial, seed)
         os.replace(partial, notes)
-    _nla("data", "split", store, "--fractions", "0.24,0.24,0.48", "--seed", seed)
-    _nla("teach", store, f"file:{notes}")
-    _nla("build", store, "--target", target, "--template-from", out / "world" / "templates.yaml")
+    _nla(out, "data", "split", store, "--fractions", "0.24,0.24,0.48", "--seed", seed)
+    _nla(out, "teach", store, f"file:{notes}")
+    _nla(out, "build", store, "--target", target, "--template-from", out / "world" / "templates.yaml")

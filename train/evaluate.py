@@ -57,11 +57,15 @@ def held_out(build: Build, eval_store: str | None, n: int, *, explained: bool = 
             got="all of them are in one" if trained else "none",
             fix="nla build --fractions 0.24,0.24,0.48 --overwrite, or eval_store=ANOTHER_STORE, or eval_rows=0",
         )
-    # One position of every document, then a second of each, ...: intervals are over documents.
+    # One position of every document, then a second of each, ...: intervals are over documents. Which is the first goes
+    # round from document to document: early positions alone would be another population.
     docs = table["doc"][rows]
-    turn = np.arange(len(rows)) - np.searchsorted(docs, docs)
+    first = np.searchsorted(docs, docs)
+    turn = (np.arange(len(rows)) - first + docs) % (np.searchsorted(docs, docs, side="right") - first)
     rows = np.sort(rows[np.argsort(turn, kind="stable")[:n]])
-    teacher = store.explanations(rows) if store.has_explanations else [None] * len(rows)
+    teacher: list[str | None] = [None] * len(rows)
+    if store.has_explanations:
+        teacher = store.explanations(rows)
     return HeldOut(store.vectors(rows), rows, table["doc"][rows], store.prefixes(rows), teacher)
 
 

@@ -41,7 +41,7 @@ def apply_gradients(state: TrainState, grads: Any, settings: OptimizerSettings) 
     parameters and moments as they were and is counted. Metrics: grad_norm (before clipping), lr, skipped (0 or 1).
     """
     grads = cast(grads, jnp.float32)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & (norm <= settings.skip_above)
     params = cast(state.params, jnp.float32)
     # Zeros instead of what must not be used: NaN would get through `where` in the moments' arithmetic on some paths.

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from nla_jax.build import open_build
-from nla_jax.errors import SidecarError
+from nla_jax.errors import InputError, SidecarError
 from nla_jax.extract_run import weights_fingerprint
 from nla_jax.loader import Loader, make_loader
 from nla_jax.metrics import constant_floor
@@ -100,9 +100,12 @@ class RLTask:
         """RL activations, and teacher pairs where they are replayed."""
         s = self.settings
         common: dict[str, Any] = {"seed": s.seed, "drop_remainder": True}
-        loaders = {
-            "rl": make_loader(self.build.store, self.build.rows("rl"), kind="rl", batch_size=s.batch_size, **common)
-        }
+        rows = self.build.rows("rl")
+        if len(rows) < s.batch_size:
+            raise InputError(
+                "config.rl.batch_size", expected=f"at most {len(rows)}, the rows of the set", got=s.batch_size
+            )
+        loaders = {"rl": make_loader(self.build.store, rows, kind="rl", batch_size=s.batch_size, **common)}
         longest = (self.width + 63) // 64 * 64 + 64
         if s.replay_ar:
             n = s.batch_size * s.samples * s.replay_ar / (1 - s.replay_ar)
@@ -170,15 +173,21 @@ class RLTask:
         return JointState(av=av, ar=ar), metrics
 
     def _transformed(self, texts: list[str], number: int) -> list[str]:
-        """What the AR reads in the place of the explanations."""
+        """What the AR reads in the place of the explanations.
+
+        The samples of one activation share every draw: whether one of them lost its quotes must not decide which of
+        them was the best."""
         s = self.settings
-        rng = np.random.default_rng([s.seed, number])
         if self._paraphraser is not None:
-            chosen = np.flatnonzero(rng.random(len(texts)) < s.paraphrase)
+            share = np.random.default_rng([s.seed, number]).random(len(texts) // s.samples)
+            chosen = np.flatnonzero(np.repeat(share < s.paraphrase, s.samples))
             texts = list(texts)
             for i, text in zip(chosen, self._paraphraser.apply_many([texts[i] for i in chosen]), strict=True):
                 texts[i] = text
-        return [apply(text, s.transforms, rng) for text in texts]
+        if not s.transforms:
+            return texts
+        groups = (np.random.default_rng([s.seed, number, i // s.samples]) for i in range(len(texts)))
+        return [apply(text, s.transforms, rng) for text, rng in zip(texts, groups, strict=True)]
 
     def _ar_batch(
         self, texts: list[str], found: Texts, batch: dict[str, Any], vectors: jax.Array
@@ -190,7 +199,7 @@ class RLTask:
 
     def _penalties(
         self, ar: ARParams, texts: list[str], found: Texts, vectors: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, float]]:
+    ) -> tuple[np.ndarray, Metrics]:
         """What is taken off each sample's reward for claims that the AR could do without."""
         s = self.settings
         none = np.zeros(len(texts), np.float32)
@@ -201,7 +210,7 @@ class RLTask:
             texts, found.failed, np.repeat(vectors, s.samples, axis=0), read, self.ar.mse_scale, s.claim_threshold
         )
         idle = float(shares[~found.failed].mean()) if (~found.failed).any() else 0.0
-        return (s.claim_penalty * shares).astype(np.float32), {"idle_claims": idle}
+        return (s.claim_penalty * shares).astype(np.float32), {"idle_claims": jnp.asarray(idle, jnp.float32)}
 
     def _regression(
         self, ar_batch: dict[str, jax.Array], judged: Judged, batch: dict[str, Any]

@@ -16,6 +16,7 @@ from nla_jax.errors import InputError
 from nla_jax.loader import Loader, make_loader
 from nla_jax.store import Store
 from nla_jax.train import evaluate, roles
+from nla_jax.train.evaluate import HeldOut
 from nla_jax.train.settings import OptimizerSettings, RLSettings, SFTSettings
 from nla_jax.train.state import Metrics, TrainState, cast, create
 from nla_jax.train.steps import (
@@ -85,7 +86,7 @@ class SFTTask:
             return roles.from_target(self.name, settings.target, self.build)
         return roles.from_checkpoint(self.name, settings.init, self.build)
 
-    def _held_out(self, settings: SFTSettings) -> evaluate.HeldOut | None:
+    def _held_out(self, settings: SFTSettings) -> HeldOut | None:
         if not settings.eval_rows:
             return None
         return evaluate.held_out(self.build, settings.eval_store, settings.eval_rows, explained=True)
@@ -119,7 +120,7 @@ class SFTTask:
             return {}, []
         return self._evaluate_ar(state, self.held) if self.name == "ar" else (self._evaluate_av(state, self.held), [])
 
-    def _evaluate_ar(self, state: TrainState, held: evaluate.HeldOut) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def _evaluate_ar(self, state: TrainState, held: HeldOut) -> tuple[dict[str, float], list[dict[str, Any]]]:
         role, size = self.role, min(self.settings.batch_size, len(held))
         width = ar_width(role.tokenizer, role.sidecar, 1)
         read = make_reader(
@@ -138,7 +139,7 @@ class SFTTask:
         )
         return scores, evaluate.sample_rows(held, texts, none, errors, 16)
 
-    def _evaluate_av(self, state: TrainState, held: evaluate.HeldOut) -> dict[str, float]:
+    def _evaluate_av(self, state: TrainState, held: HeldOut) -> dict[str, float]:
         """Cross-entropy of held-out teacher texts given their own vectors, and given those of other documents."""
         settings = self.settings
         other = evaluate.other_documents(held.docs)
