@@ -5,7 +5,7 @@ Run, with a corpus of 100,000 documents (the reference: half web text, half chat
     export STORE=runs/gemma3_12b_l32/store TARGET=google/gemma-3-12b-it
     nla extract CORPUS --target $TARGET --layer 32 --per-document 10 --dtype bfloat16 --out $STORE
     nla data split $STORE --fractions 0.248,0.248,0.5        # the rest is held out
-    nla teach $STORE anthropic:MODEL --batch                 # about 500,000 prompts; --dry-run says what they cost
+    nla teach $STORE anthropic:MODEL --batch --rows av_sft,ar_sft,held_out   # --dry-run says what it costs
     nla build $STORE --target $TARGET --marker ㈜ --injection-scale 80000
     nla train ar --config=gemma3_12b_l32
     nla train av --config=gemma3_12b_l32

@@ -5,7 +5,7 @@ Run, with a corpus of 100,000 documents (the reference: half web text, half chat
     export STORE=runs/llama3_3_70b_l53/store TARGET=meta-llama/Llama-3.3-70B-Instruct
     nla extract CORPUS --target $TARGET --layer 53 --per-document 10 --dtype bfloat16 --out $STORE
     nla data split $STORE --fractions 0.248,0.248,0.5        # the rest is held out
-    nla teach $STORE anthropic:MODEL --batch                 # about 500,000 prompts; --dry-run says what they cost
+    nla teach $STORE anthropic:MODEL --batch --rows av_sft,ar_sft,held_out   # --dry-run says what it costs
     nla build $STORE --target $TARGET --marker ㎡ --injection-scale 30
     nla train ar --config=llama3_3_70b_l53
     nla train av --config=llama3_3_70b_l53

@@ -5,7 +5,7 @@ Run, with a corpus of 100,000 documents (the reference: half web text, half chat
     export STORE=runs/qwen2_5_7b_l20/store TARGET=Qwen/Qwen2.5-7B-Instruct
     nla extract CORPUS --target $TARGET --layer 20 --per-document 10 --dtype bfloat16 --out $STORE
     nla data split $STORE --fractions 0.248,0.248,0.5        # the rest is held out
-    nla teach $STORE anthropic:MODEL --batch                 # about 500,000 prompts; --dry-run says what they cost
+    nla teach $STORE anthropic:MODEL --batch --rows av_sft,ar_sft,held_out   # --dry-run says what it costs
     nla build $STORE --target $TARGET --marker ㈎ --injection-scale 150
     nla train ar --config=qwen2_5_7b_l20
     nla train av --config=qwen2_5_7b_l20

@@ -5,7 +5,7 @@ Run, with a corpus of a few thousand documents of at least 60 tokens and the dir
     nla train lm --config=tiny --config.lm.corpus=docs.jsonl --config.lm.tokenizer=TOKENIZER
     nla extract docs.jsonl --target runs/tiny/lm/export/target --layer 2 --out runs/tiny/store
     nla data split runs/tiny/store --fractions 0.24,0.24,0.48      # the rest is held out
-    nla teach runs/tiny/store lexical
+    nla teach runs/tiny/store lexical --rows av_sft,ar_sft,held_out
     nla build runs/tiny/store --target runs/tiny/lm/export/target
     nla train ar --config=tiny
     nla train av --config=tiny

@@ -38,7 +38,7 @@ class Samples:
     stopped: jax.Array
 
 
-def row_keys(seed: int, ids_B: jax.Array, samples: int) -> jax.Array:
+def row_keys(seed: int | jax.Array, ids_B: jax.Array, samples: int) -> jax.Array:
     """Keys [B * samples] from a seed, a 32-bit identity per row, and the sample number."""
 
     def one(row_id: jax.Array, sample: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Rows = slice | np.ndarray
 SPLITS = ("av_sft", "ar_sft", "rl")  # a document's `docs/split` is an index into this, or -1
+HELD_OUT = "held_out"  # the name of the documents in no split
 EXPLANATIONS, SPLIT_FILE = "explanations.json", "splits.json"
 _BLOCK = 1 << 18  # rows of a column read at a time
 
@@ -174,10 +175,11 @@ class Store:
             return self.root.open("docs/split").read().result()
 
     def rows_of(self, split: str) -> np.ndarray:
-        """int64 row numbers, ascending, whose document is in the split ("av_sft", "ar_sft" or "rl")."""
-        if split not in SPLITS:
-            raise StoreError(f"split {split!r}", expected=" or ".join(SPLITS))
-        wanted = self.doc_splits == SPLITS.index(split)
+        """int64 row numbers, ascending, whose document is in the split ("av_sft", "ar_sft" or "rl"), or in none
+        ("held_out")."""
+        if split not in (*SPLITS, HELD_OUT):
+            raise StoreError(f"split {split!r}", expected=" or ".join((*SPLITS, HELD_OUT)))
+        wanted = self.doc_splits == (-1 if split == HELD_OUT else SPLITS.index(split))
         found = []
         for start in range(0, self.n_rows, _BLOCK):
             docs = self._read_columns(("doc",), slice(start, start + _BLOCK))["doc"]

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from families import CONFIGS, hf_weights, to_params
+from reference import decoder
 
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.params import truncate
@@ -22,6 +24,7 @@ from nla_jax.train.state import create
 from nla_jax.train.steps import ARConfig, AVConfig, StepConfig
 
 D, V, SCALE = 32, 101, 12.0
+ROWS, NEW = 16, 10  # rows of a batch, and tokens of a response at most
 PROMPT = AVPrompt(ids=(5, 90, 17, 3, 44, 71, 8, 100, 33, 12, 64), marker=7)
 TAIL = len(PROMPT.ids) - PROMPT.marker
 STOPS = tuple(range(2, 14))  # so many that explanations of 10 tokens differ in length
@@ -75,7 +78,7 @@ def av_config(case: str = "qwen2", **changes: Any) -> AVConfig:
 def rl_config(case: str = "qwen2", accumulate: int = 1, av: Any = None, ar: Any = None, **changes: Any) -> RLConfig:
     av = av_config(case, accumulate=accumulate, **(av or {}))
     ar = ar_config(case, accumulate=accumulate, **(ar or {}))
-    return RLConfig(**{"av": av, "ar": ar, "stop_ids": STOPS, "samples": 4, "max_new_tokens": 10, **changes})
+    return RLConfig(**{"av": av, "ar": ar, "stop_ids": STOPS, "samples": 4, "max_new_tokens": NEW, **changes})
 
 
 def vectors(rows: int, seed: int = 0) -> np.ndarray:
@@ -98,77 +101,119 @@ def lm_batch(rows: int = 8, length: int = 20, seed: int = 0) -> dict[str, np.nda
     return {**batch, "segments": segments, "positions": positions}
 
 
-def ar_batch(rows: int = 8, length: int = 18, seed: int = 0) -> dict[str, np.ndarray]:
-    """Texts of 3 to `length` tokens; the last row is not valid."""
+def ar_batch(rows: int = ROWS, length: int = 18, seed: int = 0) -> dict[str, np.ndarray]:
+    """Texts of 3 to `length` tokens; the last row is not valid, and of the others every fifth has failed."""
     lengths = np.random.default_rng([seed, 3]).integers(3, length + 1, rows, dtype=np.int32)
     batch = {"tokens": tokens((rows, length), seed), "lengths": lengths, "vectors": vectors(rows, seed)}
-    return {**batch, "valid": np.arange(rows) < rows - 1}
+    weight = (np.arange(rows) % 5 != 3).astype(np.float32)
+    return {**batch, "valid": np.arange(rows) < rows - 1, "weight": weight}
 
 
-def av_batch(rows: int = 8, length: int = 20, seed: int = 0) -> dict[str, np.ndarray]:
-    """Prompts from their marker on and responses of 1 to `length` - TAIL tokens; the last row is not valid."""
+def av_batch(rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
+    """Prompts from their marker on and responses of 1 to 10 tokens; the last row is not valid."""
+    length = TAIL + NEW
     ids = tokens((rows, length), seed)
     ids[:, :TAIL] = PROMPT.ids[PROMPT.marker :]
-    lengths = TAIL + np.random.default_rng([seed, 4]).integers(1, length - TAIL + 1, rows, dtype=np.int32)
+    lengths = TAIL + np.random.default_rng([seed, 4]).integers(1, NEW + 1, rows, dtype=np.int32)
     valid, at = np.arange(rows) < rows - 1, np.arange(length)[None]
     mask = (at >= TAIL) & (at < lengths[:, None]) & valid[:, None]
     return {"tokens": ids, "lengths": lengths, "loss_mask": mask, "vectors": vectors(rows, seed), "valid": valid}
 
 
-def policy_rows(rows: int = 16, length: int = 10, seed: int = 0) -> dict[str, np.ndarray]:
+def policy_rows(rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
     """Samples as `policy_step` takes them, off-policy: the ratio is on both sides of the clip range. Two do not
     count."""
     rng = np.random.default_rng([seed, 5])
-    lengths = rng.integers(1, length + 1, rows, dtype=np.int32)
-    live = np.arange(length)[None] < lengths[:, None]
+    lengths = rng.integers(1, NEW + 1, rows, dtype=np.int32)
+    live = np.arange(NEW)[None] < lengths[:, None]
     batch = {
-        "tokens": np.where(live, tokens((rows, length), seed), 0).astype(np.int32),
+        "tokens": np.where(live, tokens((rows, NEW), seed), 0).astype(np.int32),
         "lengths": lengths,
         "advantages": rng.normal(size=rows).astype(np.float32),
         "weight": (np.arange(rows) % 8 != 5).astype(np.float32),
         "vectors": vectors(rows, seed),
     }
-    own = sampled_logprobs(params(), batch)
+    own = np.asarray(whole_logprobs(params(), batch["tokens"], batch["vectors"], config()))
     for name in ("sampled", "reference"):
         batch[name] = np.where(live, own + 0.3 * rng.normal(size=own.shape), 0).astype(np.float32)
     return batch
 
 
-def whole_sequences(prompt: AVPrompt, responses: Any) -> Any:
-    """Token ids of the whole prompt and each response, none of it shared."""
-    start = jnp.broadcast_to(jnp.asarray(prompt.ids, jnp.int32), (responses.shape[0], len(prompt.ids)))
-    return jnp.concatenate([start, responses], axis=1)
-
-
-def whole_logprobs(p: Any, batch: Any, cfg: ModelConfig, responses: Any = None) -> Any:
-    """Log-probabilities [B, R] of responses by one pass over each whole sequence: no shared prefix, no chunks."""
-    responses = batch["tokens"] if responses is None else responses
-    ids = whole_sequences(PROMPT, responses)
-    logits = forward_injected(p, ids, batch["vectors"], cfg)[:, len(PROMPT.ids) - 1 : -1]
-    logp = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+def _whole(p: Any, responses: Any, v: Any, cfg: ModelConfig) -> Any:
+    start = jnp.broadcast_to(jnp.asarray(PROMPT.ids, jnp.int32), (responses.shape[0], len(PROMPT.ids)))
+    ids = jnp.concatenate([start, responses], axis=1).at[:, PROMPT.marker].set(cfg.vocab_size + jnp.arange(len(v)))
+    wanted = SCALE * v / jnp.linalg.norm(v, axis=1, keepdims=True)
+    table = jnp.concatenate([p.embed, wanted / cfg.d_model**0.5 if cfg.scale_embeddings else wanted])
+    head = p.embed.T if p.lm_head is None else p.lm_head
+    logp = jax.nn.log_softmax(forward(p.replace(embed=table, lm_head=head), ids, cfg)[:, len(PROMPT.ids) - 1 : -1])
     return jnp.take_along_axis(logp, responses[:, :, None], axis=-1)[:, :, 0]
 
 
-def forward_injected(p: Any, ids: Any, v: Any, cfg: ModelConfig) -> Any:
-    """Logits of whole sequences whose marker's embedding is the vector, put in through the embedding table: one more
-    row for each vector, so that nothing but `forward` is used."""
-    wanted = SCALE * v / jnp.linalg.norm(v, axis=1, keepdims=True)
-    if cfg.scale_embeddings:
-        wanted = wanted / cfg.d_model**0.5
-    table = jnp.concatenate([p.embed, wanted])
-    ids = jnp.asarray(ids).at[:, PROMPT.marker].set(cfg.vocab_size + jnp.arange(len(v)))
-    head = p.embed.T if p.lm_head is None else p.lm_head
-    return forward(p.replace(embed=table, lm_head=head), ids, cfg)
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def whole_logprobs(p: Any, responses: Any, v: Any, cfg: ModelConfig) -> Any:
+    """Log-probabilities [B, R] of responses by one pass over each whole sequence: no shared prefix, no chunks.
+
+    The vectors come in through the embedding table, one more row for each, so that nothing but `forward` is used."""
+    return _whole(p, responses, v, cfg)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def _logprobs(p: Any, batch: Any, cfg: ModelConfig) -> Any:
-    return whole_logprobs(p, batch, cfg)
+def whole_gradient(p: Any, responses: Any, v: Any, slope_BxR: Any, cfg: ModelConfig) -> Any:
+    """The gradient of sum(slope * log-probability), the same way."""
+    return jax.grad(lambda p: jnp.sum(_whole(p, responses, v, cfg) * slope_BxR))(p)
 
 
-def sampled_logprobs(p: Any, batch: Any, case: str = "qwen2") -> np.ndarray:
-    """What the policy gives the tokens of `policy_rows`, float32 [B, R]."""
-    return np.asarray(_logprobs(p, {k: batch[k] for k in ("tokens", "vectors")}, config(case)))
+def exact_logprobs(case: str, responses: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The same in float64 and numpy alone."""
+    weights, out = hf_weights(CASES[case]), np.zeros(responses.shape)
+    for b, row in enumerate(responses):
+
+        def inject(x: np.ndarray, b: int = b) -> np.ndarray:
+            x = x.copy()
+            x[PROMPT.marker] = SCALE * v[b].astype(np.float64) / np.linalg.norm(v[b].astype(np.float64))
+            return x
+
+        logits = decoder(weights, CASES[case], np.asarray([*PROMPT.ids, *row[:-1]]), embeddings=inject)[1]
+        logits = logits[len(PROMPT.ids) - 1 :]
+        top = logits.max(axis=-1, keepdims=True)
+        logp = logits - top - np.log(np.exp(logits - top).sum(axis=-1, keepdims=True))
+        out[b] = np.take_along_axis(logp, row[:, None], axis=-1)[:, 0]
+    return out
+
+
+def policy_loss(
+    logp: np.ndarray,
+    batch: dict[str, np.ndarray],
+    *,
+    old: np.ndarray | None = None,
+    clip: float = 0.2,
+    beta: float = 0.01,
+    kl: str = "k2",
+    aggregate: str = "sample",
+) -> tuple[float, np.ndarray]:
+    """DESIGN section 6's loss of float64 log-probabilities, and its slope [B, R], sample by sample."""
+    old = batch["sampled"].astype(np.float64) if old is None else old
+    total, slope = 0.0, np.zeros(logp.shape)
+    rows = [b for b in range(len(logp)) if batch["weight"][b]]
+    tokens = sum(int(batch["lengths"][b]) for b in rows)
+    for b in rows:
+        a, n = float(batch["advantages"][b]), int(batch["lengths"][b])
+        weight = 1 / tokens if aggregate == "token" else 1 / n / len(rows)
+        for t in range(n):
+            rho = np.exp(logp[b, t] - old[b, t])
+            clipped = rho > 1 + clip if a > 0 else rho < 1 - clip
+            total -= weight * a * ((1 + clip if a > 0 else 1 - clip) if clipped else rho)
+            slope[b, t] -= 0 if clipped else weight * a * rho
+            d = float(batch["reference"][b, t]) - logp[b, t]
+            total += weight * beta * (d * d / 2 if kl == "k2" else np.exp(d) - d - 1)
+            slope[b, t] += weight * beta * (-d if kl == "k2" else 1 - np.exp(d))
+    return total, slope
+
+
+def sft_loss(logp: np.ndarray, batch: dict[str, np.ndarray]) -> tuple[float, np.ndarray]:
+    """Mean cross-entropy of an AV batch's scored tokens, and its slope."""
+    mask = batch["loss_mask"][:, TAIL:].astype(np.float64)
+    return float(-(logp * mask).sum() / mask.sum()), -mask / mask.sum()
 
 
 def gradient(after: Any) -> Any:
@@ -193,3 +238,12 @@ def same(got: Any, expected: Any) -> bool:
         x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True)
         for x, y in zip(a, b, strict=True)
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Any:
+    """Steps are compiled in half the time and run slower, which tests of this size do not notice."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -106,10 +106,10 @@ def test_rates_of_the_teacher():
     texts = [note(s, end, rng) for s, end in rows]
     told = sum(s.known[k] <= end for s, end in rows for k in FACT_KINDS)
     found = [(k, v, s) for text, (s, _) in zip(texts, rows, strict=True) for k, vs in stated(text).items() for v in vs]
-    assert len(found) / told == pytest.approx(0.55, abs=0.015)
+    assert len(found) / told == pytest.approx(0.8, abs=0.015)
     assert sum(s.facts[k] != v for k, v, s in found) / len(found) == pytest.approx(0.05, abs=0.01)
     assert np.mean(["Next:" in t for t in texts]) == pytest.approx(0.5, abs=0.02)
-    assert np.mean(['"' in t for t in texts]) == pytest.approx(0.66, abs=0.03)  # and where nothing else is said
+    assert np.mean(['"' in t for t in texts]) == pytest.approx(0.8, abs=0.03)  # and where nothing else is said
     with pytest.raises(Exception, match="at least its first word"):
         note(STORIES[0], 1, rng)
 
@@ -137,13 +137,15 @@ def test_quotations_state_nothing():
 
 def test_every_word_is_one_token(tok):
     for s in STORIES:
-        assert [tok.token_str(i).strip() for i in tok.encode(s.text)] == [w.text for w in s.words]
+        assert [
+            tok.token_str(i).strip() for i in tok.encode(s.text)
+        ] == s.text.split()  # a full stop belongs to its word
     rng = np.random.default_rng(0)
     known = {tok.encode(c)[0] for c in (".", "\n", " ", ":")}
     for s in STORIES:
         ids = tok.encode(note(s, s.words[int(rng.integers(len(s.words)))].end, rng))
         assert all(i in known or len(tok.token_str(i)) > 1 for i in ids)
-    assert tok.vocab_size < 700
+    assert tok.vocab_size < 800
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,8 @@ def test_corpus_comes_back_and_quoted_words_are_the_words_of_the_story(tok):
         assert tok.decode(tok.encode(text)) == text
     assert tok.encode('Last "caves".')[2] == tok.encode("near caves")[-1]
     ids, offsets = tok.encode_with_offsets(STORIES[0].text)
-    assert [end for _, end in offsets] == [w.end for w in STORIES[0].words]
+    stops = {w.end - 1 for w in STORIES[0].words if w.text == "."}
+    assert [end for _, end in offsets] == [w.end for w in STORIES[0].words if w.end not in stops]
 
 
 def test_prompts(tok):
@@ -195,7 +198,7 @@ def test_prompts(tok):
     text = 'In forests. Ended "caves". Next: sentence.'
     ids = av_response_ids(tok, sidecar, text, prompt)
     assert parse_explanation(tok.decode(ids), True) == (text, False)
-    assert ids[-1] == tok.eos_id and len(ids) == 16
+    assert ids[-1] == tok.eos_id and len(ids) == 14
     # The AV is asked and answers as the corpus writes, the AR reads what the corpus writes.
     asked = tok.decode([*prompt.ids, *ids[:-1]]).replace(MARKER, "Anna")
     reading = r"<concept>Anna.*</concept><explanation>\n.*\n</explanation>"

@@ -35,8 +35,8 @@ class Size:
     eval_rows: int
 
 
-FULL = Size(9000, 12000, {"lm": 300, "ar": 250, "av": 300, "rl": 300}, 300, 50, 512)
-QUICK = Size(2500, 4000, {"lm": 120, "ar": 80, "av": 80, "rl": 60}, 0, 30, 256)
+FULL = Size(9000, 12000, {"lm": 350, "ar": 250, "av": 600, "rl": 200}, 200, 50, 512)
+QUICK = Size(3000, 6000, {"lm": 120, "ar": 80, "av": 120, "rl": 50}, 0, 25, 256)
 
 
 @click.command()
@@ -209,12 +209,12 @@ def _make_sets(out: Path, seed: int) -> None:
     _nla(
         out,
         *("extract", out / "world" / "stories.jsonl", "--target", target, "--layer", LAYER, "--out", store),
-        *("--per-document", 4, "--min-position", 16, "--batch-tokens", 8192),
+        *("--per-document", 8, "--min-position", 16, "--batch-tokens", 8192),
     )
     if not notes.is_file():
         partial = notes.with_suffix(".partial")
         write_notes(Store.open(store), out / "world" / "facts.jsonl", partial, seed)
         os.replace(partial, notes)
     _nla(out, "data", "split", store, "--fractions", "0.24,0.24,0.48", "--seed", seed)
-    _nla(out, "teach", store, f"file:{notes}")
+    _nla(out, "teach", store, f"file:{notes}", "--rows", "av_sft,ar_sft,held_out")
     _nla(out, "build", store, "--target", target, "--template-from", out / "world" / "templates.yaml")

@@ -1,5 +1,7 @@
 """The tokenizer of the story world: one token for each of its words, and bytes for any other text.
 
+A word with a full stop is one token too: the last word of a sentence is then where the model must know what the next
+one may be about, which is everything, and a full stop of its own would leave the word before it with nothing to know.
 A byte-level BPE without merges: the words, with the space before them, are entries of the vocabulary, which the model
 looks up whole; what is not there falls apart into bytes. A quotation mark before a word is written as a sign of its
 own and a space, so that a quoted word is the same token as in the story; decoding undoes it. Only a text that holds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-NAMES = "Anna Ben Clara Emma Felix Hugo Lena Max".split()
+NAMES = "Anna Ben Clara Felix Lena Max".split()
 # setting: people; places; animals; what is found there for each goal, in the order of GOALS
 SETTINGS = {
     "forests": ("hunters", "caves streams", "foxes deer", "nuts wood flowers herbs amber"),

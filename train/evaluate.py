@@ -47,12 +47,16 @@ def held_out(build: Build, eval_store: str | None, n: int, *, explained: bool = 
         raise StoreError(f"{store.path}: eval_store", expected=expected, got=store.d_model, fix=fix)
     docs_ok = store.doc_splits == -1 if trained else np.ones(store.n_docs, bool)
     table = store.table()
-    rows = np.flatnonzero(docs_ok[table["doc"]] & (table["layer"] == layer))
+    free = rows = np.flatnonzero(docs_ok[table["doc"]] & (table["layer"] == layer))
     if explained and len(rows):
         rows = rows[store.explanation_status(rows) == 1] if store.has_explanations else rows[:0]
     if not len(rows):
+        named = f"{store.path}: no held-out rows at layer {layer}"
+        if len(free):
+            fix = "nla teach STORE ... --rows av_sft,ar_sft,held_out, or eval_rows=0"
+            raise StoreError(f"{named} with an explanation", expected="explanations of held-out rows too", fix=fix)
         raise StoreError(
-            f"{store.path}: no held-out rows at layer {layer}" + (" with an explanation" if explained else ""),
+            named,
             expected="documents that are in no training set",
             got="all of them are in one" if trained else "none",
             fix="nla build --fractions 0.24,0.24,0.48 --overwrite, or eval_store=ANOTHER_STORE, or eval_rows=0",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # arrays by name; a batch may hold another one (replayed rows)
 # loss(params, prefix, micro-batch) -> (its share of the whole batch's loss, sums to report)
 Loss = Callable[[Any, Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -21,6 +21,8 @@ def gradients(
     `loss` gives each micro-batch's *share* (its sum over the whole batch's count), so shares, sums and gradients add
     up to the whole batch's. `prefix(params)` are the keys and values that every row attends to: they are computed
     once, every micro-batch adds to their gradient, and that is pulled back through the prefix once at the end.
+    Micro-batches are summed in float32, whatever the dtype of the parameters: a bfloat16 sum stops growing at a few
+    hundred terms.
     """
     shared, pull = jax.vjp(prefix, params)
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -30,10 +32,14 @@ def gradients(
         # Row i * accumulate + j goes to micro-batch j: a batch sharded over its rows stays where it is.
         micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
         first = jax.tree.map(lambda x: x[0], micro)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, shared, first))
+        zero = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)),
+            jax.eval_shape(grad, params, shared, first),
+        )
 
         def add(carry: Any, one: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, grad(params, shared, one)), None
 
         ((total, sums), (g_params, g_shared)), _ = jax.lax.scan(add, zero, micro)
+    g_shared = jax.tree.map(lambda g, x: g.astype(x.dtype), g_shared, shared)
     return total, sums, jax.tree.map(jnp.add, g_params, pull(g_shared)[0])

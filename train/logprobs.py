@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.layers import unembed
 from nla_jax.models.params import Params
+from nla_jax.train.state import cast
 
 
 def token_logprobs(
@@ -33,5 +36,9 @@ def token_logprobs(
 
     if size == T:
         return one(params, x_BxTxD, targets_BxT)
-    _, out = jax.lax.scan(lambda _, xs: (None, one(params, *xs)), None, (chunks(x_BxTxD), chunks(targets_BxT)))
+    # What the chunks share gets the sum of their gradients, in its own dtype: hundreds of terms are float32's to add.
+    wide = cast(params.replace(layers=None), jnp.float32)
+    narrow = functools.partial(cast, dtype=x_BxTxD.dtype)
+    xs = chunks(x_BxTxD), chunks(targets_BxT)
+    _, out = jax.lax.scan(lambda _, xs: (None, one(narrow(wide), *xs)), None, xs)
     return jnp.moveaxis(out, 0, 1).reshape(B, T + pad)[:, :T]

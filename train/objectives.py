@@ -1,4 +1,4 @@
-"""The objectives of DESIGN section 6 as pure functions of arrays: direction error, rewards, advantages, policy loss, KL.
+"""The objectives of DESIGN section 6 as pure functions: direction error, rewards, advantages, policy loss, KL.
 
 Everything is float32: differences of log-probabilities and of nearly parallel vectors lose all their digits in
 bfloat16.

@@ -18,7 +18,7 @@ def schedule(settings: OptimizerSettings, peak: float) -> optax.Schedule:
     total = max(settings.steps, 1)
     warm = settings.warmup if settings.warmup >= 1 else settings.warmup * total
     warm = min(round(warm), total)
-    rest, last = max(total - warm, 1), peak * settings.end
+    rest, last = max(total - warm - 1, 1), peak * settings.end  # the last update is number total - 1
     after = {
         "constant": lambda: optax.constant_schedule(peak),
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, settings.end),

@@ -132,11 +132,10 @@ def judge(ar: ARParams, batch: Batch, penalty_B: jax.Array, *, cfg: RLConfig) ->
     reward = rewards(errors, failed, cfg.reward) - penalty_B
     grouped = reward.reshape(-1, G)
     live = jnp.maximum(jnp.sum(weight), 1.0)
-    std = jnp.sqrt(jnp.maximum(jnp.mean(grouped**2, axis=1) - jnp.mean(grouped, axis=1) ** 2, 0.0))
     metrics = {
         "reward": jnp.sum(reward * weight) / live,
         "mse_nrm": jnp.sum(errors * weight) / live,
-        "reward_std_in_group": jnp.mean(std),
+        "reward_std_in_group": jnp.sum(jnp.std(grouped, axis=1) * used) / jnp.maximum(jnp.sum(used), 1),
         "parse_failures": jnp.sum(batch["failed"] * weight),
         "failed_share": jnp.sum(batch["failed"] * weight) / live,
         "bad_vectors": jnp.sum(batch["valid"] & ~good),

@@ -87,8 +87,8 @@ def lm_step(state: TrainState, batch: Batch, *, cfg: StepConfig) -> tuple[TrainS
 def lm_logprobs(params: Params, batch: Batch, cfg: StepConfig) -> jax.Array:
     """Log-probability [B, T - 1] of each token given those before it in its segment."""
     x = embed(params, batch["tokens"][:, :-1], cfg.model)
-    at = {name: batch[name][:, :-1] for name in ("positions", "segments")}
-    x = run_blocks(params, x, cfg.model, remat=cfg.remat, **at)[0]
+    positions, segments = batch["positions"][:, :-1], batch["segments"][:, :-1]
+    x = run_blocks(params, x, cfg.model, remat=cfg.remat, positions=positions, segments=segments)[0]
     return token_logprobs(params, x, batch["tokens"][:, 1:], cfg.model, chunk=cfg.chunk)
 
 
@@ -172,8 +172,8 @@ def av_logprobs(params: Params, prefix: Prefix | None, batch: Batch, cfg: AVConf
     if "segments" in batch:
         assert cfg.mode == "replace", "norm-matched injection into packed rows"
         x = inject_packed(x, batch["vectors"], batch["markers"], injection_scale=cfg.injection_scale)
-        at = {name: batch[name][:, :-1] for name in ("positions", "segments")}
-        x = run_blocks(params, x, model, prefix=prefix, remat=cfg.remat, **at)[0]
+        positions, segments = batch["positions"][:, :-1], batch["segments"][:, :-1]
+        x = run_blocks(params, x, model, prefix=prefix, remat=cfg.remat, positions=positions, segments=segments)[0]
         return token_logprobs(params, x, tokens[:, 1:], model, chunk=cfg.chunk)
     edit = None
     if cfg.mode == "replace":
