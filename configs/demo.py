@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     for stage in ("ar", "av"):
         config[stage] = ConfigDict(
             {
-                "steps": 600 if stage == "av" else 250,
+                "steps": 450 if stage == "av" else 250,
                 "epochs": None,
                 "batch_size": 128,
                 "buckets": (32, 40),
@@ -69,14 +69,14 @@ def get_config() -> ConfigDict:
         )
     config.rl = ConfigDict(
         {
-            "steps": 200,
+            "steps": 250,
             "batch_size": 16,
             "samples": 8,
-            "max_new_tokens": 28,
+            "max_new_tokens": 32,
             "eval_every": 50,
-            # Texts lose their order in half of the groups and their quotes in a quarter: an AR that has to do without
+            # Texts lose their order in half of the groups and their quotes in half: an AR that has to do without
             # cannot make them a code.
-            "transforms": (("shuffle", 0.5), ("drop_quotes", 0.25)),
+            "transforms": (("shuffle", 0.5), ("drop_quotes", 0.5)),
             "replay_av": 0.1,
             "kl": "k3",
             "kl_coef": 0.01,

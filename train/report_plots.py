@@ -112,7 +112,7 @@ def _scales(axes: Axes, chart: Chart) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=chart.whole, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(7, integer=chart.whole, min_n_ticks=1, steps=[1, 2, 5, 10]))
         if chart.whole:
             axes.set_ylim(bottom=0, top=max(1.0, 1.05 * float(np.nanmax(values, initial=0.0))))
     if chart.log_x:

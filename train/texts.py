@@ -17,7 +17,7 @@ from nla_jax.sidecar import Sidecar
 from nla_jax.tokenizer import Tokenizer
 from nla_jax.train.state import cast
 
-_STEP = 16  # AR prompts are padded to a multiple of this many tokens
+_STEP = 8  # AR prompts are padded to a multiple of this many tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def decode_texts(samples: Samples, tokenizer: Tokenizer) -> Texts:
 def ar_prompts(
     texts: list[str], tokenizer: Tokenizer, sidecar: Sidecar, width: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AR prompts right-padded to at least `width` tokens and a multiple of 16: ids int32 [B, T], lengths int32 [B]."""
+    """AR prompts right-padded to at least `width` tokens and a multiple of 8: ids int32 [B, T], lengths int32 [B]."""
     prompts = [ar_prompt_ids(tokenizer, sidecar, text) for text in texts]
     lengths = np.asarray([len(p) for p in prompts], np.int32)
     width = -(-max(width, int(lengths.max())) // _STEP) * _STEP
