@@ -262,7 +262,7 @@ def on_devices(batch, sharded):
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data") if sharded else PartitionSpec()))
 
 
-@pytest.mark.parametrize("kind", ["ar", "av", "rl"])
+@pytest.mark.parametrize("kind", ["ar", "rl", pytest.param("av", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(kind):
     """Rows over 8 devices, parameters on each: the same loss and gradients, in micro-batches too."""
     assert len(jax.devices()) >= 8
@@ -286,20 +286,23 @@ def test_eight_devices_equal_one(kind):
 # bfloat16
 
 
-def test_bfloat16_runs_and_agrees_loosely():
-    """Compute in bfloat16 under float32 masters (AV), and all of it in bfloat16 (AR): the loss to 2%, the gradient to
-    a tenth of its length; dtypes stay, moments are float32."""
-    of_av = av_step, cases.params(), cases.av_batch(), cases.av_config(compute_dtype="bfloat16")
-    of_ar = ar_step, cases.ar_params(), cases.ar_batch(), cases.ar_config(compute_dtype="bfloat16", accumulate=4)
-    for kind, dtype, (step, params, batch, cfg) in (("av", "float32", of_av), ("ar", "bfloat16", of_ar)):
-        loss, expected = stepped(kind)
-        after, metrics = step(cases.state(params, dtype=dtype), batch, cfg=cfg)
-        assert float(metrics["loss"]) == pytest.approx(loss, rel=0.02) and float(metrics["loss"]) != loss
-        off = jax.tree.map(lambda a, b: a - b, gradient(after), expected)
-        assert optax.global_norm(off) < 0.1 * optax.global_norm(expected)
-        assert {p.dtype.name for p in jax.tree.leaves(after.params)} == {dtype}
-        assert {m.dtype.name for m in jax.tree.leaves(after.opt)} == {"float32", "int32"}
-        assert not cases.same(after.params, cases.state(params, dtype=dtype).params)
+@pytest.mark.parametrize("kind", ["ar", pytest.param("av", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+def test_bfloat16_runs_and_agrees_loosely(kind, dtype):
+    """Compute in bfloat16 under float32 masters, and all of it in bfloat16: the loss to 2%, the gradient to a tenth of
+    its length; dtypes stay, moments are float32."""
+    step, params, batch, cfg = {
+        "ar": (ar_step, cases.ar_params(), cases.ar_batch(), cases.ar_config(compute_dtype="bfloat16", accumulate=4)),
+        "av": (av_step, cases.params(), cases.av_batch(), cases.av_config(compute_dtype="bfloat16", accumulate=4)),
+    }[kind]
+    loss, expected = stepped(kind)
+    after, metrics = step(cases.state(params, dtype=dtype), batch, cfg=cfg)
+    assert float(metrics["loss"]) == pytest.approx(loss, rel=0.02) and float(metrics["loss"]) != loss
+    off = jax.tree.map(lambda a, b: a - b, gradient(after), expected)
+    assert optax.tree.norm(off) < 0.1 * optax.tree.norm(expected)
+    assert {p.dtype.name for p in jax.tree.leaves(after.params)} == {dtype}
+    assert {m.dtype.name for m in jax.tree.leaves(after.opt)} == {"float32", "int32"}
+    assert not cases.same(after.params, cases.state(params, dtype=dtype).params)
 
 
 def test_micro_batches_are_summed_in_float32():
@@ -308,7 +311,7 @@ def test_micro_batches_are_summed_in_float32():
     w = jnp.ones(5, jnp.bfloat16)
 
     def loss(w, shared, micro):
-        return jnp.sum((w + shared) * micro["x"].astype(w.dtype)) / 1024, {}
+        return jnp.sum((w + shared)[None] * micro["x"].astype(w.dtype)) / 1024, {}
 
     value, _, grad = gradients(loss, w, {"x": x}, accumulate=1024, prefix=lambda w: 2 * w)
     np.testing.assert_allclose(grad.astype(jnp.float32), 3 * x.mean(axis=0), rtol=0.01)

@@ -15,7 +15,9 @@ Each side runs in a process of its own on the same cores and the two take turns,
 whose losses and gradient norms must agree (for rl: on the same samples). Ratios are torch's time over ours. Tokens
 per second count prompt and response of every sample on both sides, whether or not a program shares the prompt. Memory
 is the peak while stepping, compilation left out, above what was resident once the weights were loaded: gradients,
-optimizer moments and activations.
+optimizer moments and activations. Processor seconds (of all threads, "CPU s") are what to look at where others use the
+machine; the parts of a step are given in them. Both sides inherit the environment: with
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 neither spends its time on page faults.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ class Shapes:
     av_width: int = 160
     ar_width: int = 128
     logit_chunk: int = 1024
+    accumulate: int = 1  # our micro-batches
     lr: float = LR
     injection_scale: float = INJECTION_SCALE
 
@@ -210,6 +213,7 @@ def work(name: str, shapes: Shapes, cfg: ModelConfig, data: dict[str, np.ndarray
 @click.option("--activations", default=4, help="Vectors of an RL step.")
 @click.option("--samples", default=8, help="Explanations of each of them.")
 @click.option("--cap", default=96, help="Tokens of each explanation in RL.")
+@click.option("--accumulate", default=1, help="Our micro-batches.")
 @click.option("--threads", default=2, help="Cores that each side may use.")
 @click.option("--parts/--no-parts", default=True, help="Also time the parts of each step.")
 @click.option("--torch/--no-torch", "use_torch", default=None, help="Compare with torch (default: if installed).")
@@ -285,18 +289,22 @@ def measure(name: str, folder: Path, threads: int, rounds: int, compare: bool, p
         for worker in sides.values():
             worker.ask("seconds")  # whatever is left to compile or allocate
             worker.ask("reset_peak")
-        times: dict[str, list[float]] = {side: [] for side in sides}
+        times: dict[str, list[list[float]]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side, worker in sides.items():
                 times[side].append(worker.ask("seconds"))
         for side, worker in sides.items():
-            row[f"{side}_all"], row[f"{side}_s"] = times[side], statistics.median(times[side])
+            walls, cpus = zip(*times[side], strict=True)
+            row |= {f"{side}_all": walls, f"{side}_s": statistics.median(walls)}
+            row |= {f"{side}_cpu_all": cpus, f"{side}_cpu_s": statistics.median(cpus)}
             row[f"{side}_memory"] = worker.ask("memory")["peak"] - worker.loaded
             row[f"{side}_loaded"] = worker.loaded
             if parts:
                 row[f"{side}_parts"] = worker.ask("parts")
     if compare:
-        row["ratio"] = statistics.median(b / a for a, b in zip(times["ours"], times["torch"], strict=True))
+        for kind, i in (("ratio", 0), ("cpu_ratio", 1)):
+            pairs = zip(times["ours"], times["torch"], strict=True)
+            row[kind] = statistics.median(theirs[i] / ours[i] for ours, theirs in pairs)
     return row
 
 
@@ -333,12 +341,13 @@ def _table(report: dict[str, Any], cfg: ModelConfig) -> Table:
         title=f"{versions}; {report['machine']}, {s['threads']} used, load {load}\n"
         f"D={cfg.d_model} F={cfg.d_ff} V={cfg.vocab_size} L={cfg.n_layers}, AR of {s['ar_layers']} blocks, float32; "
         f"SFT {s['batch']} samples, RL {s['activations']} x {s['samples']} of {s['cap']} tokens",
-        caption=f"hardware: {limits['peak_flops'] / 1e9:.0f} GFLOP/s ({limits['peak_flops_after'] / 1e9:.0f} at the end), "
-        f"{limits['bandwidth'] / 1e9:.0f} GB/s measured",
+        caption=f"hardware: {limits['peak_flops'] / 1e9:.0f} GFLOP/s at the start, "
+        f"{limits['peak_flops_after'] / 1e9:.0f} at the end, {limits['bandwidth'] / 1e9:.0f} GB/s measured",
     )
-    columns = ("step", "side", "s", "samples/s", "tokens/s", "memory, MiB", "GFLOP/s", "torch / ours", "of the limit")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("step", "side") else "right")
+    for column in ("step", "side"):
+        table.add_column(column)
+    for column in ("s", "CPU s", "samples/s", "tokens/s", "MiB", "GFLOP/s", "ratio", "CPU ratio", "of limit"):
+        table.add_column(column, justify="right")
     for row in report["rows"]:
         for side, label in (("ours", "nla_jax"), ("torch", "torch")):
             if f"{side}_s" not in row:
@@ -348,11 +357,12 @@ def _table(report: dict[str, Any], cfg: ModelConfig) -> Table:
                 NAMES[row["name"]] if first else "",
                 label,
                 f"{row[f'{side}_s']:.2f}",
+                f"{row[f'{side}_cpu_s']:.2f}",
                 f"{row[f'{side}_samples_per_s']:.2f}",
                 f"{row[f'{side}_tokens_per_s']:.0f}",
                 f"{row[f'{side}_memory'] / 2**20:.0f}",
                 f"{row[f'{side}_flops_per_s'] / 1e9:.0f}",
-                f"{row['ratio']:.2f}x" if first and "ratio" in row else "",
+                *(f"{row[r]:.2f}x" if first and r in row else "" for r in ("ratio", "cpu_ratio")),
                 f"{row['of_limit']:.0%}" if first else "",
                 end_section=not first,
             )
@@ -364,9 +374,10 @@ def _limit_line(row: dict[str, Any]) -> str:
     saved = f"sharing the prefix saves {row['tokens_saved']:.0%} of the tokens, {row['flops_saved']:.0%} of the FLOPs"
     line = f"{NAMES[row['name']]}: {saved if row['tokens_saved'] else 'no prefix to share'}"
     for side, label in (("ours", "nla_jax"), ("torch", "torch")):
-        parts = {k: v for k, v in row.get(f"{side}_parts", {}).items() if k != "step"}
+        parts = row.get(f"{side}_parts", {})
+        total = sum(parts.values())
         if parts:
-            line += f"; {label} " + ", ".join(f"{k} {v:.2f} s" for k, v in parts.items())
+            line += f"; {label} " + ", ".join(f"{k} {v:.2f} CPU s ({v / total:.0%})" for k, v in parts.items())
     return line
 
 

@@ -1,9 +1,10 @@
 """The training benchmark's other half: what a transformers user would write for the same three steps. Needs [parity].
 
 AV SFT: `Qwen2ForCausalLM` from `inputs_embeds` with the vector in the marker's place, labels masked to the response,
-the model's own loss (logits of all tokens at once). AR SFT: a `Qwen2Model` of the first blocks without final norm and a
-linear map, mse of normalised vectors. RL: `generate` with `num_return_sequences`, rewards from the AR, log-probabilities
-of policy and reference with `logits_to_keep`, and both updates. Fused AdamW, `clip_grad_norm_`, padding to the longest.
+the model's own loss (logits of all tokens at once). AR SFT: a `Qwen2Model` of the first blocks without final norm and
+a linear map, mse of normalised vectors. RL: `generate` with `num_return_sequences`, rewards from the AR,
+log-probabilities of policy and reference with `logits_to_keep`, and both updates. Fused AdamW, `clip_grad_norm_`,
+padding to the longest.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
+from torch.nn.functional import cross_entropy, normalize
 
 from nla_jax.tools.bench_worker import serve
 
@@ -69,7 +70,7 @@ class _Program:
         raise NotImplementedError
 
     def parts(self) -> Numbers:
-        """Seconds of each part of one step."""
+        """Processor seconds of each part of one step."""
         self.times.clear()
         self.step()
         return dict(self.times)
@@ -80,16 +81,16 @@ class _Timed:
         self.times, self.name = times, name
 
     def __enter__(self) -> None:
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def __exit__(self, *_: object) -> None:
-        self.times[self.name] = self.times.get(self.name, 0.0) + time.perf_counter() - self.start
+        self.times[self.name] = self.times.get(self.name, 0.0) + time.process_time() - self.start
 
 
 def prompt_embeddings(model: Any, data: dict[str, torch.Tensor], vectors: torch.Tensor, scale: float) -> torch.Tensor:
     """[B, P, D]: the prompt's embeddings with each vector, at norm `scale`, in the marker's place."""
     embeds = model.get_input_embeddings()(data["prompt"])[None].repeat(len(vectors), 1, 1)
-    embeds[:, int(data["marker"])] = F.normalize(vectors, dim=-1) * scale
+    embeds[:, int(data["marker"])] = normalize(vectors, dim=-1) * scale
     return embeds
 
 
@@ -132,7 +133,7 @@ class Reader(torch.nn.Module):
 
 def direction_errors(predicted: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """mse_nrm [B] at mse_scale sqrt(D)."""
-    return (F.normalize(predicted, dim=-1) - F.normalize(vectors, dim=-1)).square().sum(-1)
+    return (normalize(predicted, dim=-1) - normalize(vectors, dim=-1)).square().sum(-1)
 
 
 class AR(_Program):
@@ -191,7 +192,7 @@ class RL(_Program):
         before = prompt_embeddings(model, self.data, vectors, self.shapes["injection_scale"])
         embeds = torch.cat([before, model.get_input_embeddings()(sampled)], 1)
         logits = model(inputs_embeds=embeds, use_cache=False, logits_to_keep=sampled.shape[1] + 1).logits[:, :-1]
-        return -F.cross_entropy(logits.transpose(1, 2), sampled, reduction="none")
+        return -cross_entropy(logits.transpose(1, 2), sampled, reduction="none")
 
     def learn(self, sampled: torch.Tensor) -> Numbers:
         s, data = self.shapes, self.data
@@ -206,15 +207,16 @@ class RL(_Program):
                 reference = self.logprobs(self.reference, sampled)
         reward = -errors.view(-1, s["samples"])
         advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True, correction=0) + 1e-6)
-        with self.timed("policy update"):
+        with self.timed("policy, forward"):
             logprobs = self.logprobs(self.policy, sampled)
             rho = torch.exp(logprobs - logprobs.detach())
             A = advantage.reshape(-1, 1)
             terms = -torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A)
             loss = (terms + 0.01 * (logprobs - reference).square() / 2).mean(1).mean()
-            of_policy = self.update(self.av_adam, loss)
-        with self.timed("AR update"):
-            of_ar = self.update(self.ar_adam, direction_errors(self.ar(texts, lengths), vectors).mean())
+        of_policy = self.update(self.av_adam, loss)
+        with self.timed("AR, forward"):
+            loss = direction_errors(self.ar(texts, lengths), vectors).mean()
+        of_ar = self.update(self.ar_adam, loss)
         return {**of_policy, "reward": reward.mean().item(), **{f"ar_{k}": v for k, v in of_ar.items()}}
 
 

@@ -34,7 +34,12 @@ def _not_negative(ctx: click.Context, param: click.Parameter, value: float | Non
 _COUNT = click.IntRange(min=1)
 
 _WHAT = options(
-    click.option("--rows", "rows_spec", metavar="SPLITS", help="Rows of these splits (held_out: in none), or all. Default: av_sft,ar_sft."),
+    click.option(
+        "--rows",
+        "rows_spec",
+        metavar="SPLITS",
+        help="Rows of these splits (held_out: in none), or all. Default: av_sft,ar_sft.",
+    ),
     click.option("--limit", type=_COUNT, metavar="N", help="The first N of those rows."),
     click.option("--instruction", type=FILE, metavar="FILE", help="Instead of our own; the text goes where {text} is."),
     click.option("--context-chars", type=_COUNT, default=4000, show_default=True, help="Of a prefix, the last ones."),

@@ -50,7 +50,7 @@ from nla_jax.tools.world_words import (
 )
 
 FACT_KINDS = ("setting", "name", "weather", "mood", "goal", "place", "animal")
-CLAUSE_RATES = {"fact": 0.8, "quote": 0.8, "next": 0.5, "now": 0.3}  # how often the teacher writes each
+CLAUSE_RATES = {"fact": 0.8, "quote": 0.5, "next": 0.4, "now": 0.3}  # how often the teacher writes each
 WRONG_RATE = 0.05  # of the facts that a note states
 
 _QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”|'[^']*'")

@@ -44,12 +44,15 @@ def block_matrices(params: Any) -> Any:
 
 @functools.lru_cache(maxsize=32)
 def make_optimizer(settings: OptimizerSettings) -> optax.GradientTransformation:
-    """The update rule of `settings`; the same object for equal settings."""
+    """The update rule of `settings`; the same object for equal settings.
+
+    Under "muon" what is no block matrix has AdamW with Nesterov's momentum, as Muon itself has it in optax."""
     lr = schedule(settings, settings.lr)
     if settings.name == "muon":
         adam_lr = schedule(settings, settings.adam_lr or settings.lr / 4)
         rule = muon(
             lr,
+            eps=settings.eps,
             weight_decay=settings.weight_decay,
             adam_learning_rate=adam_lr,
             adam_b1=settings.b1,
