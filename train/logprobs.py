@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def token_logprobs(
     if size == T:
         return one(params, x_BxTxD, targets_BxT)
     # What the chunks share gets the sum of their gradients, in its own dtype: hundreds of terms are float32's to add.
-    wide = cast(params.replace(layers=None), jnp.float32)
+    shared: Any = params
+    wide = cast(shared.replace(layers=None), jnp.float32)
     narrow = functools.partial(cast, dtype=x_BxTxD.dtype)
     xs = chunks(x_BxTxD), chunks(targets_BxT)
     _, out = jax.lax.scan(lambda _, xs: (None, one(narrow(wide), *xs)), None, xs)

@@ -57,10 +57,9 @@ class LMTask:
         kept = [p for i, p in enumerate(pieces) if i % _HELD_OUT == _HELD_OUT - 1]
         rest = [p for i, p in enumerate(pieces) if i % _HELD_OUT != _HELD_OUT - 1]
         self._loader = LMLoader(rest, **common, seed=settings.seed)
-        enough = (
-            len(kept) and len(pack(np.asarray([len(p) for p in kept]), settings.length, settings.length)) >= _EVAL_ROWS
-        )
-        self._held = kept if enough else []
+        self._held = kept
+        room = settings.length
+        self._held_rows = len(pack(np.asarray([len(p) for p in kept]), room, room)) if kept else 0
 
     def _new_config(self) -> dict[str, Any]:
         """config.json of a model from scratch; ids and vocabulary are the tokenizer's unless given."""
@@ -87,7 +86,7 @@ class LMTask:
         """Loss in nats per token of held-out documents."""
         if not self._held:
             return {}, []
-        loader = LMLoader(self._held, length=self.settings.length, batch_size=_EVAL_ROWS, seed=0)
+        loader = LMLoader(self._held, length=self.settings.length, batch_size=min(_EVAL_ROWS, self._held_rows), seed=0)
         total = np.zeros(2)
         for _ in range(min(loader.batches_per_epoch, 16)):
             total += np.asarray(_loss(state.params, next(loader), cfg=self.cfg))
