@@ -183,7 +183,7 @@ def policy_step(
     """One GRPO step of the AV on a `policy_batch`. `replay`: an `av_sft` batch whose cross-entropy, times
     `cfg.replay_av`, is added.
 
-    Metrics: loss, kl (estimate per token, against the frozen AV), clipped (share of tokens where the clip bites),
+    Metrics: loss, kl (estimate per token, against the frozen AV), clipped (share of tokens past the clip),
     ratio_error (mean |rho - 1| against the sampling log-probabilities), length (tokens per sample), entropy
     (minus the mean log-probability of the sampled tokens)."""
     live = jnp.arange(batch["tokens"].shape[1])[None, :] < batch["lengths"][:, None]
