@@ -55,7 +55,7 @@ def test_exports_explain_as_the_live_pair_does(world, live):
     nla = NLA.from_pretrained(av=str(out / "av"), ar=str(out / "ar"), target=str(world.target))
     expected = greedy(live)
     rows = nla.verbalize(task.held.vectors, temperature=0.0, max_new_tokens=NEW_TOKENS)
-    assert len({row.token_ids for row in rows}) > 2
+    assert len({row.token_ids for row in rows}) > 1  # the vector decides what is written
     texts = task.explain(state.av.params, task.held.vectors, 0.0, 0)
     for i, row in enumerate(rows):
         n = int(expected.lengths[i])
