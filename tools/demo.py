@@ -36,7 +36,7 @@ class Size:
 
 
 FULL = Size(9000, 12000, {"lm": 350, "ar": 250, "av": 450, "rl": 250}, 250, 50, 512)
-QUICK = Size(3000, 6000, {"lm": 120, "ar": 80, "av": 120, "rl": 50}, 0, 25, 256)
+QUICK = Size(2500, 5000, {"lm": 90, "ar": 60, "av": 90, "rl": 40}, 0, 20, 256)
 
 
 @click.command()
@@ -50,11 +50,11 @@ QUICK = Size(3000, 6000, {"lm": 120, "ar": 80, "av": 120, "rl": 50}, 0, 25, 256)
 @click.option(
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the world and all training."
 )
-@click.option("--quick", is_flag=True, help="A short run, under two minutes: shows every step, explains less.")
+@click.option("--quick", is_flag=True, help="A short run, about two minutes: shows every step, explains less.")
 def demo(out: Path, seed: int, quick: bool) -> None:
     """Train a small language model and the NLA that explains it, from nothing, and write a page about both.
 
-    Under ten minutes on two cores, --quick under two; no network. What it runs are the commands for real models, and
+    Minutes on two cores, about two with --quick; no network. What it runs are the commands for real models, and
     it prints each of them. Killed, the same command goes on.
 
     \b
