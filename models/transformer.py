@@ -1,7 +1,7 @@
 """embed -> blocks -> residual stream or logits, with an optional shared prefix and key/value cache.
 
-All blocks run in one `lax.scan` over their index, reading their slice of the stacked parameters: one compiled body
-whatever the depth, and a trunk of n blocks costs n blocks. Block-to-block differences (window, rotary table) are
+All blocks run in one `lax.scan` over the stacked parameters: one compiled body whatever the depth, and a trunk of n
+blocks costs n blocks. Block-to-block differences (window, rotary table) are
 small scanned arrays.
 """
 
@@ -90,9 +90,15 @@ def run_blocks(
     tap_fn, tap_state = tap if tap is not None else (None, None)
     assert not (keep_kv and cache is not None), "a cache already holds the keys and values"
 
-    def step(carry, layer):
+    # As scanned inputs the blocks' weights are known to the backward pass; indexed inside the body, a copy of each
+    # would be kept for it. A trunk indexes: slicing the stack first would copy the trunk's weights in every call.
+    whole = n_layers == cfg.n_layers
+
+    def step(carry, scanned):
         x, cache, state = carry
-        p = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), params.layers)
+        layer, p = scanned
+        if not whole:
+            p = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), params.layers)
         cos, sin = _table_of(tables, layer, cfg)
         shared = None if prefix is None else (prefix.k[layer], prefix.v[layer])
 
@@ -116,7 +122,8 @@ def run_blocks(
         return (x, cache, state), (kv if keep_kv else None)
 
     body = jax.checkpoint(step) if remat else step
-    (x, cache, state), kept = jax.lax.scan(body, (x_BxTxD, cache, tap_state), jnp.arange(n_layers))
+    blocks = (jnp.arange(n_layers), params.layers if whole else None)
+    (x, cache, state), kept = jax.lax.scan(body, (x_BxTxD, cache, tap_state), blocks)
     return x, Cache(*kept) if keep_kv else cache, state
 
 
