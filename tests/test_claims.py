@@ -7,9 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nla_jax.errors import InputError
-from nla_jax.lexical import describe
-from nla_jax.train.claims import (
+from nla_jax.claims import (
     all_variants,
     idle,
     idle_shares,
@@ -21,6 +19,8 @@ from nla_jax.train.claims import (
     variants,
     without_idle,
 )
+from nla_jax.errors import InputError
+from nla_jax.lexical import describe
 
 PATIENT = settings(deadline=None, max_examples=150)  # a busy machine is no failure
 STORY = 'A sailor story in the harbor. Mood happy. The last word is "rope". Next comes a place.'

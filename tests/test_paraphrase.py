@@ -7,10 +7,10 @@ from fake_llm import FakeLLM
 from teaching import APIS, KEY, QUICK, provider_of
 
 from nla_jax.errors import TeacherError
+from nla_jax.paraphrase import INSTRUCTION, Paraphraser, read_paraphrase
 from nla_jax.providers import open_provider
 from nla_jax.teacher_asking import Asking
 from nla_jax.teacher_prompt import Answer
-from nla_jax.train.paraphrase import INSTRUCTION, Paraphraser, read_paraphrase
 
 TEXTS = [f'Story {n} in the harbour. The last word is "rope {n}".' for n in range(12)]
 

@@ -11,10 +11,10 @@ import pytest
 import training
 from training import World, bits, finite, lines, restored
 
+from nla_jax.claims import idle_shares, split_claims
 from nla_jax.errors import InputError
 from nla_jax.models.sampler import Samples
 from nla_jax.prompt import ar_prompt_ids
-from nla_jax.train.claims import idle_shares, split_claims
 from nla_jax.train.rl import rollout, step_keys
 from nla_jax.train.texts import decode_texts
 

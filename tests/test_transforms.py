@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from nla_jax.claims import split_claims
 from nla_jax.errors import InputError
-from nla_jax.train.claims import split_claims
-from nla_jax.train.transforms import TRANSFORMS, apply, drop_quotes, noise, shuffle
+from nla_jax.transforms import TRANSFORMS, apply, drop_quotes, noise, shuffle
 
 PATIENT = settings(deadline=None, max_examples=150)  # a busy machine is no failure
 STORY = 'A sailor story in the harbor. Mood happy. The last word is "rope". Next comes a place.'

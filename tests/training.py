@@ -20,12 +20,12 @@ import pytest
 from click.testing import CliRunner
 
 from nla_jax.build import Build, Plan, build, open_build
+from nla_jax.claims import join_claims, split_claims
 from nla_jax.store import SPLITS, Store
 from nla_jax.tokenizer import Tokenizer
 from nla_jax.tools import cli, world
 from nla_jax.tools.world_tokenizer import AR_TEMPLATE, AV_TEMPLATE, MARKER
 from nla_jax.train.checkpoint import Checkpoints, abstract
-from nla_jax.train.claims import join_claims, split_claims
 from nla_jax.train.loop import Result, run
 from nla_jax.train.settings import from_config
 from nla_jax.train.tasks import make_task

@@ -17,7 +17,7 @@ from nla_jax import metrics
 from nla_jax.build import Build
 from nla_jax.errors import StoreError
 from nla_jax.store import Store
-from nla_jax.train.transforms import TRANSFORMS
+from nla_jax.transforms import TRANSFORMS
 
 Read = Callable[[list[str]], np.ndarray]  # texts -> float32 [n, D], the AR's vectors
 

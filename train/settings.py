@@ -25,7 +25,7 @@ from nla_jax.train.fields import (
     require,
     unknown_key,
 )
-from nla_jax.train.transforms import TRANSFORMS
+from nla_jax.transforms import TRANSFORMS
 
 Dtype = Literal["float32", "bfloat16"]
 STAGES = ("lm", "ar", "av", "rl")
@@ -143,7 +143,7 @@ class SFTSettings(StageSettings):
     pack: bool = False  # several samples in rows of the last bucket's length
     optim: OptimizerSettings = OptimizerSettings()
     max_norm_ratio: float = 100.0  # a vector longer than this many injection scales is left out and counted
-    transforms: tuple[tuple[str, float], ...] = ()  # (name, probability) of train/transforms.py, for what the AR reads
+    transforms: tuple[tuple[str, float], ...] = ()  # (name, probability) of nla_jax.transforms, for what the AR reads
     eval_rows: int = 512  # held-out activations per evaluation; 0 for none
     eval_store: str | None = None  # store that they come from; None: rows of `store` that no stage trains on
 
@@ -183,7 +183,7 @@ class RLSettings(StageSettings):
     kl: Literal["k2", "k3"] = "k2"  # its estimator per token
     on_policy_ratio: Literal["self", "sampled"] = "self"  # log-probs under the ratio: recomputed, or the sampler's
     max_norm_ratio: float = 100.0  # a vector longer than this many injection scales is left out and counted
-    transforms: tuple[tuple[str, float], ...] = ()  # (name, probability) of train/transforms.py, for what the AR reads
+    transforms: tuple[tuple[str, float], ...] = ()  # (name, probability) of nla_jax.transforms, for what the AR reads
     paraphrase: float = 0.0  # share of explanations that the AR reads in a provider's other words, before `transforms`
     paraphraser: str | None = None  # that provider: openai:MODEL or anthropic:MODEL, as `nla teach` names them
     paraphraser_url: str | None = None  # its address, where it is not the provider's own

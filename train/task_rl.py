@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from nla_jax import claims
 from nla_jax.build import open_build
 from nla_jax.errors import InputError, SidecarError
 from nla_jax.extract_run import weights_fingerprint
 from nla_jax.loader import Loader, make_loader
 from nla_jax.metrics import constant_floor
+from nla_jax.paraphrase import Paraphraser
 from nla_jax.providers import open_provider
 from nla_jax.reconstructor import ARParams
-from nla_jax.train import claims, evaluate, roles
+from nla_jax.train import evaluate, roles
 from nla_jax.train.joint_loader import JointLoader
-from nla_jax.train.paraphrase import Paraphraser
 from nla_jax.train.rl import (
     Judged,
     RLConfig,
@@ -36,7 +37,7 @@ from nla_jax.train.state import Metrics, TrainState, create
 from nla_jax.train.steps import ar_step
 from nla_jax.train.task_sft import step_config
 from nla_jax.train.texts import Texts, ar_prompts, ar_width, decode_texts, make_reader
-from nla_jax.train.transforms import apply
+from nla_jax.transforms import apply
 
 _EVAL_SEED = 0x5EED  # evaluation samples are the same draws whatever the run's seed
 

@@ -31,7 +31,7 @@ from nla_jax.train.steps import (
     prefix_fn,
 )
 from nla_jax.train.texts import ar_prompts, ar_width, make_reader
-from nla_jax.train.transforms import apply
+from nla_jax.transforms import apply
 
 
 def step_config(settings: SFTSettings | RLSettings, role: roles.Role, build: Build, optim: OptimizerSettings) -> Any:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from nla_jax.claims import QUOTED, join_claims, split_claims
 from nla_jax.errors import InputError
-from nla_jax.train.claims import QUOTED, join_claims, split_claims
 
 Transforms = tuple[tuple[str, float], ...]
 
