@@ -18,7 +18,7 @@ from nla_jax.models.attention import AttnSpec, attend
 from nla_jax.models.cache import Cache, Prefix
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.errors import InputError
-from nla_jax.models.layers import activate, apply_rope, embed, linear, rms_norm, rope_tables, unembed
+from nla_jax.models.layers import apply_rope, embed, gated, linear, rms_norm, rope_tables, unembed
 from nla_jax.models.params import Layers, Params
 
 
@@ -189,6 +189,6 @@ def _block(
     y = linear(y.reshape(B, T, -1), p.wo, p.bo)
     x = x + (norm(y, p.attn_post_norm) if cfg.post_norms else y)
     y = norm(x, p.mlp_norm)
-    y = linear(activate(linear(y, p.gate, p.b_gate), cfg.activation) * linear(y, p.up, p.b_up), p.down, p.b_down)
+    y = linear(gated(linear(y, p.gate, p.b_gate), linear(y, p.up, p.b_up), cfg.activation), p.down, p.b_down)
     x = x + (norm(y, p.mlp_post_norm) if cfg.post_norms else y)
     return x, cache, own
