@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.models.config import ModelConfig, RopeSpec
+from nla_jax.models.lora import Adapted
 from nla_jax.models.params import Params
 
 
@@ -22,9 +23,12 @@ def precision_of(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def linear(x_BxTxI: jax.Array, w_IxO: jax.Array, b_O: jax.Array | None = None) -> jax.Array:
-    """x @ w (+ b), at the precision of x."""
-    y = _product(x_BxTxI, w_IxO)
+def linear(x_BxTxI: jax.Array, w_IxO: jax.Array | Adapted, b_O: jax.Array | None = None) -> jax.Array:
+    """x @ w (+ b), at the precision of x; an adapted w adds its low-rank change without being merged."""
+    if isinstance(w_IxO, Adapted):
+        y = _product(x_BxTxI, w_IxO.w) + _product(_product(x_BxTxI, w_IxO.a), w_IxO.b) * w_IxO.scale
+    else:
+        y = _product(x_BxTxI, w_IxO)
     return y if b_O is None else y + b_O[None, None, :]
 
 

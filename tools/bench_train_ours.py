@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nla_jax.host_memory import keep_freed_memory
 from nla_jax.models import hf
 from nla_jax.prompt import AVPrompt
 from nla_jax.reconstructor import ARParams, init_head
@@ -242,4 +243,5 @@ def best(run: Callable[[], Any], n: int = 3) -> float:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as `nla train` does
     serve({"av": AV, "ar": AR, "rl": RL})

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from nla_jax import __version__
+from nla_jax import __version__, host_memory
 from nla_jax.errors import InputError, NLAError
 
 LAYER = 2
@@ -61,6 +61,7 @@ def demo(out: Path, seed: int, quick: bool) -> None:
     Example:
       nla demo --out demo
     """
+    host_memory.keep_freed_memory()
     size = QUICK if quick else FULL
     _claim(out, {"seed": seed, "quick": quick, "version": __version__})
     started = time.monotonic()
