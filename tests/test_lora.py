@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.errors import CheckpointError, ConfigError
-from nla_jax.models.lora import TARGETS, LoRAConfig, LowRank, attach, init_adapters, merge, n_adapter_params
+from nla_jax.models.lora import TARGETS, LoRAConfig, attach, init_adapters, merge, n_adapter_params
 from nla_jax.models.params import n_params
 from nla_jax.models.peft_io import CONFIG, WEIGHTS, load_adapters, save_adapters
 from nla_jax.models.transformer import forward
