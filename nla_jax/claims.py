@@ -24,9 +24,9 @@ QUOTED = re.compile(
     rf"|(?<!\w)'(?=[^\s']){_SINGLE}(?<=[^\s'])'(?!\w)|(?<!\w)\u2018(?=\S){_SINGLE}(?<=\S)\u2019(?!\w)"
 )
 _BRACKETED = re.compile(r"\([^()\n]*\)|\[[^\[\]\n]*\]")
-_LINE = re.compile(r"[^\r\n\x0b\x0c\x85\u2028\u2029]+")
+LINE = re.compile(r"[^\r\n\x0b\x0c\x85\u2028\u2029]+")
 # List marks and quote marks of markdown belong to the place in the list, not to the claim.
-_MARK = re.compile(r"(?:\s|[-*+\u2022\u2013>](?=\s)|\(?\d{1,2}[.)](?=\s)|#{1,6}(?=\s))*")
+MARK = re.compile(r"(?:\s|[-*+\u2022\u2013>](?=\s)|\(?\d{1,2}[.)](?=\s)|#{1,6}(?=\s))*")
 _END = re.compile(
     r"[.!?\u2026\u3002\uff01\uff1f]+[\"'\u2019\u201d\u00bb\u300d\u300f)\]]*(?=\s)"
     r"|[\u3002\uff01\uff1f]+(?![\u300d\u300f\u201d\u2019)\]])"  # scripts without spaces
@@ -64,7 +64,7 @@ class Parts:
 
 def parts(text: str) -> Parts:
     """Takes a text apart; `parts(text).text == text` for every text with a claim in it."""
-    spans = [span for line in _LINE.finditer(text) for span in _sentences(text, line.start(), line.end())]
+    spans = [span for line in LINE.finditer(text) for span in _sentences(text, line.start(), line.end())]
     if len(spans) == 1:
         spans = _clauses(text, *spans[0])
     if not spans:
@@ -92,7 +92,7 @@ def _sentences(text: str, start: int, end: int) -> list[tuple[int, int]]:
 
 
 def _after_marks(text: str, start: int, end: int) -> int:
-    match = _MARK.match(text, start, end)
+    match = MARK.match(text, start, end)
     return match.end() if match else start
 
 
@@ -147,6 +147,27 @@ def variants(text: str) -> list[str]:
     """The text with each claim left out, in the order of `split_claims`; [""] where it has but one, [] without any."""
     whole = parts(text)
     return [whole.without(i).text for i in range(len(whole.claims))]
+
+
+_WORD = re.compile(r"\S+")
+
+
+def without_span(text: str, claim: str, rng: np.random.Generator) -> str:
+    """The text without a random span as long as one of its claims: what `variants` is compared with, so that a claim is
+    not credited with the mere length it takes.
+
+    The span is as many words in a row (what white space separates), uniformly chosen; characters where the text has no
+    more words than that, as in scripts without spaces; "" where it has no more characters either."""
+    spans, words = [match.span() for match in _WORD.finditer(text)], len(claim.split())
+    if len(spans) <= words:
+        if len(text) <= len(claim):
+            return ""
+        first = int(rng.integers(len(text) - len(claim) + 1))
+        return text[:first] + text[first + len(claim) :]
+    first = int(rng.integers(len(spans) - words + 1))
+    if first + words == len(spans):
+        return text[: spans[first - 1][1]]
+    return text[: spans[first][0]] + text[spans[first + words][0] :]
 
 
 def all_variants(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:

@@ -5,16 +5,20 @@
 "shuffle" puts the claims into another order, "drop_quotes" takes quoted words out, "noise" changes case and
 punctuation. Each happens with its probability, in this order whatever the order given, since noise would hide where
 sentences end. The same text and generator state give the same result; no text becomes empty.
+
+Three more changes are for evaluation alone (nla_jax.evals.robustness) and no part of `apply`: `reorder_bullets`,
+`quoted_only` and `truncate`. They take more away than training should get used to.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from nla_jax.claims import QUOTED, join_claims, split_claims
+from nla_jax.claims import LINE, MARK, QUOTED, join_claims, split_claims
 from nla_jax.errors import InputError
 
 Transforms = tuple[tuple[str, float], ...]
@@ -139,3 +143,50 @@ TRANSFORMS: dict[str, Callable[[str, np.random.Generator], str]] = {
     "drop_quotes": drop_quotes,
     "noise": noise,
 }
+
+
+# -- for evaluation alone ---------------------------------------------------------------------------------------------
+
+
+def reorder_bullets(text: str, rng: np.random.Generator) -> str:
+    """The same lines (bullets, features, paragraphs) in another order, uniformly chosen of the others there are; the
+    sentences of a line stay together and in order, list marks and empty lines stay where they were."""
+    spans = []
+    for line in LINE.finditer(text):
+        mark = MARK.match(text, line.start(), line.end())
+        start = mark.end() if mark else line.start()
+        end = start + len(text[start : line.end()].rstrip())
+        if end > start:
+            spans.append((start, end))
+    lines = [text[start:end] for start, end in spans]
+    if len(set(lines)) < 2:
+        return text
+    order = [lines[i] for i in rng.permutation(len(lines))]
+    if order == lines:
+        order = order[1:] + order[:1]
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    gaps = [text[edges[i] : edges[i + 1]] for i in range(0, len(edges), 2)]
+    return gaps[0] + "".join(line + gap for line, gap in zip(order, gaps[1:], strict=True))
+
+
+def quoted_only(text: str, rng: np.random.Generator | None = None) -> str:
+    """Nothing but the quoted spans, marks and all, with a space between; as it is where it has none with a word."""
+    spans = [match[0] for match in QUOTED.finditer(text)]
+    return " ".join(spans) if any(c.isalnum() for span in spans for c in span) else text
+
+
+class Offsets(Protocol):
+    """The part of a tokenizer that `truncate` needs."""
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Sequence[tuple[int, int]]]: ...
+
+
+def truncate(text: str, tokens: int, tokenizer: Offsets) -> str:
+    """The first `tokens` tokens of the text as it stands alone, without white space at the end; as it is where it has
+    no more of them, or where nothing but white space would be left. InputError under one token."""
+    if tokens < 1:
+        raise InputError("tokens to keep", expected="at least 1", got=tokens)
+    _, spans = tokenizer.encode_with_offsets(text)
+    if len(spans) <= tokens:
+        return text
+    return text[: spans[tokens - 1][1]].rstrip() or text

@@ -19,6 +19,7 @@ import numpy as np
 
 from nla_jax import __version__
 from nla_jax.errors import InputError
+from nla_jax.evals import intervals
 from nla_jax.store import Store
 from nla_jax.tools.demo_rows import Places, examples, fact_probes, last_token_fve, places, training_rows
 from nla_jax.tools.outputs import finite
@@ -26,9 +27,7 @@ from nla_jax.tools.world import CORPUS_SHARES, Story, read_facts, stated
 from nla_jax.tools.world_facts import truth
 from nla_jax.train.report_read import STAGES, Stage, read_stage
 
-RESAMPLES = 1000
 CHANGES = ("shuffle", "drop_quotes", "noise")
-_SEED = 0  # of the resampling: the same run gives the same numbers
 _LEAST_FVE = 0.05  # a share of less than this is no share of anything
 
 
@@ -59,7 +58,7 @@ def measure(out: Path, *, seconds: Mapping[str, float] | None = None) -> dict[st
         "seed": settings.get("seed"),
         "n": len(common),
         "documents": len(np.unique(at.docs)),
-        "resamples": RESAMPLES,
+        "resamples": intervals.RESAMPLES,
         "variance_nrm": variance,
         "before": sides[0],
         "after": sides[1],
@@ -81,19 +80,13 @@ def measure(out: Path, *, seconds: Mapping[str, float] | None = None) -> dict[st
     return finite(results)
 
 
-def bootstrap(numerator: np.ndarray, denominator: np.ndarray, docs: np.ndarray) -> dict[str, float]:
-    """A ratio of sums over rows ([n] each) as {value, low, high}: the 95% percentile interval when whole documents
-    are drawn with replacement, `RESAMPLES` times. NaN where the denominator is 0."""
-    _, which = np.unique(docs, return_inverse=True)
-    n = int(which.max()) + 1
-    above, below = np.bincount(which, numerator, n), np.bincount(which, denominator, n)
-    weights = np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = float(np.divide(above.sum(), below.sum()))
-        drawn = (weights @ above) / (weights @ below)
-    drawn = drawn[np.isfinite(drawn)]
-    low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (np.nan, np.nan)
-    return {"value": value, "low": float(low), "high": float(high)}
+def bootstrap(numerator: np.ndarray, denominator: np.ndarray, docs: np.ndarray) -> dict[str, float | None]:
+    """A ratio of sums over rows ([n] each) as {value, low, high}, its interval by document (nla_jax.evals.intervals);
+    None where there is none, as of one document."""
+    value, low, high = intervals.ratio(numerator, denominator, docs)
+    if value is not None and not np.isfinite(value):
+        value = low = high = None
+    return {"value": value, "low": low, "high": high}
 
 
 # -- one evaluation ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 from nla_jax import metrics
 from nla_jax.build import Build
 from nla_jax.errors import StoreError
+from nla_jax.evals.controls import other_documents
 from nla_jax.store import Store
 from nla_jax.transforms import TRANSFORMS
 
@@ -71,17 +72,6 @@ def held_out(build: Build, eval_store: str | None, n: int, *, explained: bool = 
     if store.has_explanations:
         teacher = store.explanations(rows)
     return HeldOut(store.vectors(rows), rows, table["doc"][rows], store.prefixes(rows), teacher)
-
-
-def other_documents(docs: np.ndarray) -> np.ndarray:
-    """A pairing int [n] of each row with one of another document, by a shift: everything stays in use once. Rows of a
-    document that has more than half of them cannot all be paired so."""
-    order = np.argsort(docs, kind="stable")
-    most = int(np.bincount(np.unique(docs, return_inverse=True)[1]).max())
-    shift = max(most, len(docs) // 2)
-    partner = np.empty(len(docs), np.int64)
-    partner[order] = np.roll(order, -shift)
-    return partner
 
 
 def text_scores(
