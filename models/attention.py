@@ -42,6 +42,7 @@ def attend(
     k_pos_S: jax.Array,
     window: jax.Array | int = 0,
     prefix: tuple[jax.Array, jax.Array] | None = None,
+    prefix_lengths: jax.Array | None = None,
     cached: bool = False,
     segments: jax.Array | None = None,
 ) -> jax.Array:
@@ -50,7 +51,8 @@ def attend(
     Positions are absolute token indices, [T] the same for all rows or [B, T]. A key is visible when it is not after
     the query and, where `window` > 0, fewer than `window` tokens before it. Without `cached`, the S keys are the T
     queries' own tokens. With it they are the slots of a cache; slots not filled yet must carry positions after every
-    query. `prefix` holds keys and values [K, P, H] at positions 0..P-1. `segments` [B, T] numbers the samples that are
+    query. `prefix` holds keys and values [K, P, H] at positions 0..P-1, of which a row sees the first `prefix_lengths`
+    [B] (all by default). `segments` [B, T] numbers the samples that are
     packed into a row, one after another: a token sees the prefix and its own segment, and no other.
     """
     T = q_BxTxNxH.shape[1]
@@ -60,9 +62,9 @@ def attend(
     if kernel == "auto":
         kernel = "plain" if cached or T <= _MIN_BLOCK else "blocked"
     if kernel == "plain":
-        return _plain(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix, segs)
+        return _plain(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix, prefix_lengths, segs)
     assert not cached, "the blocked kernel needs the queries' own keys"
-    return _blocked(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix, segs)
+    return _blocked(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix, prefix_lengths, segs)
 
 
 def visible(
@@ -85,6 +87,12 @@ def visible(
     return seen
 
 
+def _prefix_positions(size: int, lengths_B: jax.Array | None) -> jax.Array:
+    """Positions of the prefix's keys, [P] or [B, P]: those that a row must not see stand after every query."""
+    at = jnp.arange(size)
+    return at if lengths_B is None else jnp.where(at[None] < lengths_B[:, None], at[None], jnp.iinfo(jnp.int32).max)
+
+
 def _plain(
     q: jax.Array,
     k: jax.Array,
@@ -94,6 +102,7 @@ def _plain(
     k_pos: jax.Array,
     window: jax.Array | int,
     prefix: tuple[jax.Array, jax.Array] | None,
+    lengths: jax.Array | None,
     segs: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     B, T, N, H = q.shape
@@ -109,7 +118,7 @@ def _plain(
     s_own = scores("btkgh,bksh->bkgts", k, k_pos, segs)
     top = jnp.max(s_own, axis=-1, keepdims=True)
     if prefix is not None:
-        s_prefix = scores("btkgh,kph->bkgtp", prefix[0], jnp.arange(prefix[0].shape[1]))
+        s_prefix = scores("btkgh,kph->bkgtp", prefix[0], _prefix_positions(prefix[0].shape[1], lengths))
         top = jnp.maximum(top, jnp.max(s_prefix, axis=-1, keepdims=True))
     # Weights are normalised after the product with the values: one pass less over the scores.
     top = jax.lax.stop_gradient(top)
@@ -133,6 +142,7 @@ def _blocked(
     k_pos: jax.Array,
     window: jax.Array | int,
     prefix: tuple[jax.Array, jax.Array] | None,
+    lengths: jax.Array | None,
     segs: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
     T = q.shape[1]
@@ -145,5 +155,5 @@ def _blocked(
         own = q[:, first:end], k[:, :, :end], v[:, :, :end]
         q_at, k_at = q_pos[..., first:end], k_pos[..., :end]
         seg = None if segs is None else (segs[0][:, first:end], segs[1][:, :end])
-        out.append(block(*own, spec, q_at, k_at, window, prefix, seg))
+        out.append(block(*own, spec, q_at, k_at, window, prefix, lengths, seg))
     return jnp.concatenate(out, axis=1)

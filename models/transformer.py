@@ -20,6 +20,7 @@ from nla_jax.models.config import ModelConfig
 from nla_jax.models.errors import InputError
 from nla_jax.models.layers import apply_rope, embed, gated, linear, rms_norm, rope_tables, unembed
 from nla_jax.models.params import Layers, Params
+from nla_jax.models.sharding import constrain
 
 
 def forward(params: Params, tokens_BxT: jax.Array, cfg: ModelConfig) -> jax.Array:
@@ -54,9 +55,11 @@ def run_blocks(
     x_BxTxD: jax.Array,
     cfg: ModelConfig,
     *,
+    first_layer: int = 0,
     n_layers: int | None = None,
     start: jax.Array | int = 0,
     prefix: Prefix | None = None,
+    prefix_lengths: jax.Array | None = None,
     cache: Cache | None = None,
     edit: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     tap: tuple[Callable[..., Any], Any] | None = None,
@@ -73,26 +76,35 @@ def run_blocks(
     `keep_kv` returns the T tokens' own keys and values as the cache, for use as a prefix or a prefill. `remat`
     recomputes each block in the backward pass instead of keeping its insides.
 
+    With `first_layer`, x is the stream after block `first_layer` - 1, and only the blocks from there on run (one at
+    least): a change of the stream at one block is followed to the logits without the blocks before it. Prefix and cache
+    then hold the keys and values of these blocks alone. `prefix_lengths` [B] lets each row see only so many tokens of
+    the prefix and stand right after them: rows that branch off one text at several places share what was read of it.
+
     Rows that hold several samples, one after another, come with `positions` and `segments` [B, T]: the absolute
     position of every token in its own sample (the prefix counted), and the sample's number. A token sees the prefix
     and its own segment.
     """
     n_layers = cfg.n_layers if n_layers is None else n_layers
     T = x_BxTxD.shape[1]
-    first = 0 if prefix is None else prefix.length
+    assert 0 <= first_layer < n_layers, (first_layer, n_layers)
+    assert prefix_lengths is None or prefix is not None, "lengths of a prefix that is not there"
+    first: jax.Array | int = 0 if prefix is None else prefix.length
+    if prefix_lengths is not None:
+        first = prefix_lengths[:, None]
     assert segments is None or (cache is None and positions is not None), "packed rows need positions, and no cache"
-    positions = first + start + jnp.arange(T) if positions is None else positions
+    positions = first + _counting(start, T, first) if positions is None else positions
     tables = _tables(jnp.atleast_2d(positions), cfg)
     windows = jnp.asarray(cfg.windows, jnp.int32)
     slots = T if cache is None else cache.slots
     # Unfilled slots stand after every query, so causality alone hides them.
-    key_pos = positions if cache is None else first + jnp.arange(slots)
+    key_pos = positions if cache is None else first + _counting(0, slots, first)
     tap_fn, tap_state = tap if tap is not None else (None, None)
     assert not (keep_kv and cache is not None), "a cache already holds the keys and values"
 
     # As scanned inputs the blocks' weights are known to the backward pass; indexed inside the body, a copy of each
     # would be kept for it. A trunk indexes: slicing the stack first would copy the trunk's weights in every call.
-    whole = n_layers == cfg.n_layers
+    whole = first_layer == 0 and n_layers == cfg.n_layers
 
     def step(carry, scanned):
         x, cache, state = carry
@@ -100,30 +112,32 @@ def run_blocks(
         if not whole:
             p = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), params.layers)
         cos, sin = _table_of(tables, layer, cfg)
-        shared = None if prefix is None else (prefix.k[layer], prefix.v[layer])
+        own = layer - first_layer  # among the blocks that run
+        shared = None if prefix is None else (prefix.k[own], prefix.v[own])
 
         def keys_and_values(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, Cache | None]:
             if cache is None:
                 return k, v, None
-            at = (layer, 0, 0, start, 0)
+            at = (own, 0, 0, start, 0)
             new = Cache(
                 k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
                 v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
             )
-            return new.k[layer], new.v[layer], new
+            return new.k[own], new.v[own], new
 
-        x, cache, kv = _block(
-            p, x, cfg, cos, sin, positions, key_pos, windows[layer], shared, keys_and_values, segments
-        )
+        seen = shared, prefix_lengths
+        x, cache, kv = _block(p, x, cfg, cos, sin, positions, key_pos, windows[layer], seen, keys_and_values, segments)
         if edit is not None:
             x = edit(layer, x)
         if tap_fn is not None:
             state = tap_fn(layer, x, state)
-        return (x, cache, state), (kv if keep_kv else None)
+        # Without this the compiler may split the stream's width instead of its rows, and run every row everywhere.
+        return (constrain(x, "rows", None, None), cache, state), (kv if keep_kv else None)
 
     body = jax.checkpoint(step) if remat else step
-    blocks = (jnp.arange(n_layers), params.layers if whole else None)
-    (x, cache, state), kept = jax.lax.scan(body, (x_BxTxD, cache, tap_state), blocks)
+    blocks = (jnp.arange(first_layer, n_layers), params.layers if whole else None)
+    x = constrain(x_BxTxD, "rows", None, None)
+    (x, cache, state), kept = jax.lax.scan(body, (x, cache, tap_state), blocks)
     return x, Cache(*kept) if keep_kv else cache, state
 
 
@@ -133,6 +147,12 @@ def prefix_of(params: Params, tokens_P: jax.Array, cfg: ModelConfig) -> Prefix:
     cache = run_blocks(params, x, cfg, keep_kv=True)[1]
     assert cache is not None
     return Prefix(k=cache.k[:, 0], v=cache.v[:, 0])
+
+
+def _counting(start: jax.Array | int, size: int, beside: jax.Array | int) -> jax.Array:
+    """start, start + 1, ...: [size], or [1, size] to be added to a column of numbers, one for each row."""
+    counted = start + jnp.arange(size)
+    return counted[None] if jnp.ndim(beside) == 2 else counted
 
 
 def _tables(positions_BxT: jax.Array, cfg: ModelConfig) -> list[tuple[jax.Array, jax.Array]]:
@@ -161,7 +181,7 @@ def _block(
     q_pos: jax.Array,
     k_pos: jax.Array,
     window: jax.Array,
-    shared: tuple[jax.Array, jax.Array] | None,
+    seen: tuple[tuple[jax.Array, jax.Array] | None, jax.Array | None],
     keys_and_values: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, Cache | None]],
     segments: jax.Array | None,
 ) -> tuple[jax.Array, Cache | None, tuple[jax.Array, jax.Array]]:
@@ -182,9 +202,18 @@ def _block(
     own = (k, v)
     k, v, cache = keys_and_values(k, v)
     spec = AttnSpec(scale=cfg.query_scale, softcap=cfg.attn_softcap)
-    cached = cache is not None
     y = attend(
-        q, k, v, spec, q_pos_T=q_pos, k_pos_S=k_pos, window=window, prefix=shared, cached=cached, segments=segments
+        q,
+        k,
+        v,
+        spec,
+        q_pos_T=q_pos,
+        k_pos_S=k_pos,
+        window=window,
+        prefix=seen[0],
+        prefix_lengths=seen[1],
+        cached=cache is not None,
+        segments=segments,
     )
     y = linear(y.reshape(B, T, -1), p.wo, p.bo)
     x = x + (norm(y, p.attn_post_norm) if cfg.post_norms else y)

@@ -3,6 +3,7 @@
     tools/bench.py [infer] [--rounds 3] [--av-batch 1,8,32] [--json out.json]
     tools/bench.py data [--quick]         extraction, loader, memory (bench_data.py)
     tools/bench.py train [--rounds 3]     AV and AR supervised steps, joint RL step (bench_train.py)
+    tools/bench.py eval [--rounds 3]      activations evaluated: AV sample, AR read, fve (bench_eval.py)
 
 `infer` runs three programs on random weights of the released Qwen2.5-7B pair's shape at reduced width (28 blocks,
 layer 20, prompt of 125 tokens with the marker at 111, 150 response tokens, 126-token AR prompts):
@@ -132,7 +133,7 @@ class _Benchmarks(click.Group):
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["infer", "data", "train"]
+        return ["infer", "data", "train", "eval"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "data":
@@ -143,6 +144,10 @@ class _Benchmarks(click.Group):
             from nla_jax.tools import bench_train
 
             return bench_train.main
+        if cmd_name == "eval":
+            from nla_jax.tools import bench_eval
+
+            return bench_eval.main
         return super().get_command(ctx, cmd_name)
 
 

@@ -30,8 +30,12 @@ COMMANDS = {
     "teach": ("nla_jax.tools.teach", "Write warm-start explanations for the rows of a store."),
     "build": ("nla_jax.tools.build", "Make the training sets of a store."),
     "train": ("nla_jax.tools.train", "Train the AR, the AV, or both jointly, as a config says."),
+    "eval": ("nla_jax.tools.eval", "Measure a pair: every number with interval and controls."),
+    "card": ("nla_jax.tools.card", "Write a pair's model card from its evaluation."),
+    "patch": ("nla_jax.tools.patch", "Put the AR's vector back into the target's forward pass."),
+    "steer": ("nla_jax.tools.steer", "Edit an explanation and see what the target then writes."),
     "data": ("nla_jax.tools.data", "Look at, check, merge and split activation stores."),
-    "demo": ("nla_jax.tools.demo", "Explain a text with a small model made on the spot."),
+    "demo": ("nla_jax.tools.demo", "Train a miniature NLA from nothing, and show what it learned."),
 }
 
 
