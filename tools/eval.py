@@ -52,7 +52,7 @@ _SAMPLES = options(
     ),
     click.option("--max-new-tokens", metavar="N", type=_COUNT, default=150, show_default=True, help="Length cap."),
     click.option(
-        "--temperature", type=float, default=1.0, show_default=True, callback=o._temperature, help="0: greedy."
+        "--temperature", type=float, default=1.0, show_default=True, callback=o.temperature, help="0: greedy."
     ),
     click.option("--resamples", metavar="N", type=_COUNT, default=2000, show_default=True, help="Of each bootstrap."),
 )

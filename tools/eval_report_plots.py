@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from nla_jax.train.report_plots import _INK, _RC, _SOFT, _STANDS_FOR, COLOURS, _embedded, line, swatch
+from nla_jax.train.report_plots import COLOURS, INK, RC, SOFT, STANDS_FOR, embedded, line, swatch
 
 _STYLES = ("-", "--", "-.", ":")
 _FEW_TICKS = 9  # a curve of so few points has a tick at each
@@ -138,7 +138,7 @@ def draw(plot: Plot, name: str) -> str:
     """An <svg> element. `name` makes its ids different from those of the page's other charts."""
     with mpl.rc_context():
         mpl.rcdefaults()  # a matplotlibrc of the user's is for other plots
-        mpl.rcParams.update(_RC)
+        mpl.rcParams.update(RC)
         count = len({x for curve in plot.curves for x in curve.x})
         height = 0.7 + 0.24 * count * max(1.0, 0.6 * len(plot.curves)) if plot.bars else 2.7
         figure = Figure(figsize=(4.8, min(max(height, 1.3), 9.0)), layout="constrained")
@@ -150,11 +150,11 @@ def draw(plot: Plot, name: str) -> str:
         buffer = io.StringIO()
         # Without the date and the program there is nothing in the file but the chart.
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _embedded(buffer.getvalue(), name)
+    return embedded(buffer.getvalue(), name)
 
 
 def _colour(index: int) -> str:
-    return list(_STANDS_FOR)[index % COLOURS]
+    return list(STANDS_FOR)[index % COLOURS]
 
 
 def _lines(axes: Axes, plot: Plot) -> None:
@@ -166,7 +166,7 @@ def _lines(axes: Axes, plot: Plot) -> None:
     if plot.diagonal:
         finite = np.concatenate([places, *(c.y[np.isfinite(c.y)] for c in plot.curves)])
         ends = [float(finite.min()), float(finite.max())]
-        axes.plot(ends, ends, ":", color=_SOFT, linewidth=1.0)
+        axes.plot(ends, ends, ":", color=SOFT, linewidth=1.0)
     for i, curve in enumerate(plot.curves):
         x = np.asarray(curve.x, np.float64)
         if np.isfinite(curve.low).any() and np.isfinite(curve.high).any():
@@ -201,8 +201,8 @@ def _bars(axes: Axes, plot: Plot) -> None:
         alpha = 0.45 if curve.control else 0.85
         axes.barh(y, np.nan_to_num(curve.y), height=0.9 * width, color=_colour(i), alpha=alpha, linewidth=0)
         known = np.isfinite(curve.low) & np.isfinite(curve.high)
-        axes.hlines(y[known], curve.low[known], curve.high[known], color=_INK, linewidth=1.1)
-    axes.axvline(0, color=_SOFT, linewidth=0.7)
+        axes.hlines(y[known], curve.low[known], curve.high[known], color=INK, linewidth=1.1)
+    axes.axvline(0, color=SOFT, linewidth=0.7)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     axes.grid(False, axis="y")

@@ -36,7 +36,7 @@ def options(*items: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-def _temperature(ctx: click.Context, param: click.Parameter, value: float) -> float:
+def temperature(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if not 0 <= value < math.inf:
         raise InputError("--temperature", expected="0 (greedy) or more", got=value)
     return value
@@ -46,7 +46,7 @@ SAMPLING = options(
     click.option(
         "--samples", metavar="N", type=click.IntRange(min=1), default=1, show_default=True, help="Explanations each."
     ),
-    click.option("--temperature", type=float, default=1.0, show_default=True, callback=_temperature, help="0: greedy."),
+    click.option("--temperature", type=float, default=1.0, show_default=True, callback=temperature, help="0: greedy."),
     click.option("--best-of", type=click.IntRange(min=1), metavar="K", help="Draw K, keep the one the AR ranks first."),
     click.option(
         "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=150, show_default=True, help="Length cap."

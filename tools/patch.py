@@ -32,7 +32,7 @@ VARIANTS = ("reconstruction", "mean", "zero", "gold", "noise")
     "--tokens", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Of the text after P."
 )
 @click.option(
-    "--temperature", type=float, default=1.0, show_default=True, callback=o._temperature, help="Of the explanation."
+    "--temperature", type=float, default=1.0, show_default=True, callback=o.temperature, help="Of the explanation."
 )
 @click.option(
     "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=150, show_default=True, help="Its length cap."

@@ -55,7 +55,7 @@ class Written:
     type=float,
     default=0.0,
     show_default=True,
-    callback=o._temperature,
+    callback=o.temperature,
     help="Of the continuations; 0: greedy.",
 )
 @click.option(

@@ -19,29 +19,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 COLOURS = 6
-_STANDS_FOR = {f"#c0de0{i}": f"var(--c{i})" for i in range(COLOURS)} | {
+STANDS_FOR = {f"#c0de0{i}": f"var(--c{i})" for i in range(COLOURS)} | {
     "#c0deaa": "var(--ink)",
     "#c0debb": "var(--soft)",
     "#c0decc": "var(--line)",
 }
-_INK, _SOFT, _LINE = list(_STANDS_FOR)[COLOURS:]
+INK, SOFT, _LINE = list(STANDS_FOR)[COLOURS:]
 _POINTS = 300  # of a line; more are put together, with a band from the least to the greatest
 _MARKED = 40  # a line of so few points shows them
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "svg.hashsalt": "nla",
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 9.0,
     "path.simplify": True,
-    "axes.edgecolor": _SOFT,
-    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
     "axes.linewidth": 0.7,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": _LINE,
     "grid.linewidth": 0.7,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "xtick.major.size": 3.0,
     "ytick.major.size": 0.0,
     "xtick.minor.size": 0.0,
@@ -79,7 +79,7 @@ def draw(chart: Chart, name: str) -> str:
     """An <svg> element. `name` makes its ids different from those of the page's other charts."""
     with mpl.rc_context():
         mpl.rcdefaults()  # a matplotlibrc of the user's is for other plots
-        mpl.rcParams.update(_RC)
+        mpl.rcParams.update(RC)
         figure = Figure(figsize=(6.2, 3.3) if chart.wide else (4.6, 2.5), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
@@ -94,7 +94,7 @@ def draw(chart: Chart, name: str) -> str:
         buffer = io.StringIO()
         # Without the date and the program there is nothing in the file but the chart.
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _embedded(buffer.getvalue(), name)
+    return embedded(buffer.getvalue(), name)
 
 
 def _place(chart: Chart) -> float:
@@ -132,7 +132,7 @@ def _scales(axes: Axes, chart: Chart) -> None:
 
 
 def _draw_line(axes: Axes, line: Line, index: int, zero_at: float | None) -> None:
-    colour = list(_STANDS_FOR)[index % COLOURS]
+    colour = list(STANDS_FOR)[index % COLOURS]
     steps, values = line.steps.astype(np.float64), line.values
     if len(steps) > _POINTS:
         steps, values, low, high = _binned(steps, values)
@@ -178,7 +178,7 @@ _PLACE = re.compile(r" (?:d|x|y|width|height|transform)=\"[^\"]*\"")
 _NUMBER = re.compile(r"-?\d+\.\d+")
 
 
-def _embedded(svg: str, name: str) -> str:
+def embedded(svg: str, name: str) -> str:
     """matplotlib's file as an element of a page: without its prologue, its style sheet (which would hold for the whole
     page) and names that nothing refers to, in a quarter of the bytes."""
     svg = _STYLE.sub("", _METADATA.sub("", _PROLOGUE.sub("", svg)))
@@ -191,7 +191,7 @@ def _embedded(svg: str, name: str) -> str:
     svg = _USED.sub(rf"\1{name}-\2", svg)
     svg = _PLACE.sub(lambda place: _NUMBER.sub(lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), place[0]), svg)
     svg = re.sub(r" transform=\"rotate\(-?0 [^\"]*\"", "", svg)
-    for colour, variable in _STANDS_FOR.items():
+    for colour, variable in STANDS_FOR.items():
         svg = svg.replace(colour, variable)
     # Inside HTML an element needs no namespaces, and `href` no prefix.
     svg = re.sub(r" xmlns(?::xlink)?=\"[^\"]*\"|<!--.*?-->", "", svg, flags=re.DOTALL).replace("xlink:href", "href")
