@@ -91,7 +91,10 @@ def demo(out: Path, seed: int, quick: bool) -> None:
         f"\n{(time.monotonic() - started) / 60:.1f} minutes. The page is {page}: open it in a browser. To explain a "
         "text of your own from this world:\n"
         f'  nla explain "Anna lived in forests. Rain poured. Anna felt sad." --target {out}/lm/export/target '
-        f"--av {out}/rl/export/av --ar {out}/rl/export/ar"
+        f"--av {out}/rl/export/av --ar {out}/rl/export/ar\n"
+        "To measure the pair with every control (minutes):\n"
+        f"  nla eval --target {out}/lm/export/target --av {out}/rl/export/av --ar {out}/rl/export/ar "
+        f"--data {out}/store --min-position 16 --max-new-tokens 32 --out {out}/eval"
     )
 
 

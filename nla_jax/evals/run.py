@@ -92,7 +92,7 @@ def evaluate(
         if reason is None:
             chosen.append(name)
         elif suites is not None:
-            raise InputError(f"suite {name}", expected=reason)
+            raise InputError(f"suite {name} cannot run: {reason}")
         else:
             skipped.append({"suite": name, "reason": reason})
     _make(out)
