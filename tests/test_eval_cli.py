@@ -115,7 +115,7 @@ def test_without_a_target_its_suites_are_listed_as_not_done(pair, store, tmp_pat
     assert "downstream: not done, it needs the target model (--target)" in done.stdout
     assert "Not done" in (tmp_path / "eval" / "report.html").read_text()
     line = run(*flags, "--suite", "fve,downstream", code=2).stderr.splitlines()[-1]
-    assert line.startswith("nla: error: suite downstream: ") and "--target" in line
+    assert line.startswith("nla: error: suite downstream cannot run: ") and "--target" in line
 
 
 def test_a_teacher_paraphrases_and_translates(pair, store, tmp_path):
