@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
     config.target = "demo/lm/export/target"
     config.store = "demo/store"
     config.seed = 0
+    config.mesh = {"data": 1}  # one device, whatever the machine has: the batches are small
     config.param_dtype = "float32"
     config.compute_dtype = "float32"
     config.logit_chunk = 4096

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     config.target = "runs/tiny/lm/export/target"
     config.store = "runs/tiny/store"
     config.seed = 0
+    config.mesh = {"data": 1}  # one device, whatever the machine has: the batches are small
     config.param_dtype = "float32"
     config.compute_dtype = "float32"
     config.remat = False

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from nla_jax.models.config import ModelConfig
+from nla_jax.models.sharding import constrain
 
 
 @struct.dataclass
@@ -45,7 +46,7 @@ class Cache:
 def empty_cache(cfg: ModelConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """A cache of `slots` tokens for each of `batch` rows, zeroed."""
     shape = (cfg.n_layers, batch, cfg.n_kv_heads, slots, cfg.head_dim)
-    return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    return on_devices(Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype)))
 
 
 def repeat_rows(cache: Cache, samples: int, slots: int) -> Cache:
@@ -56,4 +57,10 @@ def repeat_rows(cache: Cache, samples: int, slots: int) -> Cache:
         x = jnp.broadcast_to(x[:, :, None], (L, B, samples, K, S, H)).reshape(L, B * samples, K, S, H)
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, slots - S), (0, 0)))
 
-    return Cache(k=grow(cache.k), v=grow(cache.v))
+    return on_devices(Cache(k=grow(cache.k), v=grow(cache.v)))
+
+
+def on_devices(cache: Cache) -> Cache:
+    """The cache split over rows and, where the mesh divides them, heads."""
+    k, v = (constrain(x, "layers", "rows", "kv_heads", None, None) for x in (cache.k, cache.v))
+    return Cache(k=k, v=v)

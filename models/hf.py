@@ -8,7 +8,6 @@ device is the CPU). Writing is the reverse. Names, shapes and dtypes are all che
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Set
@@ -18,13 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from nla_jax.models.atomic import atomic_dir
 from nla_jax.models.config import ModelConfig, text_part, truncate_hf_config
 from nla_jax.models.errors import CheckpointError, ConfigError, InputError
 from nla_jax.models.hf_keys import LM_HEAD, NORM, Slot, ignorable, layout_of, leaf, slots
 from nla_jax.models.params import Layers, Params, param_specs
+from nla_jax.models.placing import of_row, on_host, placer, put, row_on_host
 from nla_jax.models.safetensors_io import (
     DTYPES,
     INDEX,
@@ -95,7 +95,7 @@ def load_ar(
         _log.warning("%s: %s not read; an AR uses the raw output of its last block", path, " and ".join(sorted(unused)))
     trunk = _read(found, cfg, False, to, shardings, progress)
     head = read_tensor(head_info, to or DTYPES[head_info.dtype], transpose=True)
-    return cfg, trunk, _put(head, head_sharding)
+    return cfg, trunk, put(head, head_sharding)
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:
@@ -216,12 +216,12 @@ def _read(
         sharding = None if shardings is None else leaf(shardings, slot)
         tensor = read_tensor(info, to, transpose=slot.transpose)
         if slot.layer is None:
-            arrays[place] = _put(tensor, sharding)
+            arrays[place] = put(tensor, sharding)
         else:
             if place not in arrays:
                 arrays[place] = jnp.zeros(leaf(specs, slot).shape, to, device=sharding)
-            row = _put(tensor, _row_sharding(sharding))
-            arrays[place] = _placer(sharding)(arrays[place], row, np.int32(slot.layer))
+            row = put(tensor, of_row(sharding))
+            arrays[place] = placer(sharding)(arrays[place], row, np.int32(slot.layer))
         # Without this the next tensors would be read, and held, while the copies are still under way.
         arrays[place].block_until_ready()
         done += info.nbytes
@@ -229,31 +229,6 @@ def _read(
             progress(done, total)
     layers = Layers(**{f.name: arrays.get((f.name, False)) for f in dataclasses.fields(Layers)})
     return Params(layers=layers, **{name: arrays.get((name, True)) for name in ("embed", "final_norm", "lm_head")})
-
-
-def _row_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
-    """A stacked array's sharding without its leading axis."""
-    if sharding is None:
-        return None
-    if sharding.spec and sharding.spec[0] is not None:
-        raise ValueError(f"the leading (layers) axis must be unsharded, got {sharding.spec}")
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-
-
-def _put(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(tensor)
-    return jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor[index])
-
-
-@functools.lru_cache
-def _placer(sharding: NamedSharding | None) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
-    """Writes a row of a stacked array in place: the array is donated."""
-
-    def place(stack: jax.Array, row: jax.Array, layer: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(stack, row, layer, 0)
-
-    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,22 +310,28 @@ def write_checkpoint(
     if head is not None:
         entry = Entry("weight", (cfg.d_model, cfg.d_model), to or as_dtype(head.dtype))
         files.append(VALUE_HEAD)
-        nbytes += write_file(directory / VALUE_HEAD, [entry], [_as(np.asarray(head), entry).T])
+        nbytes += write_file(directory / VALUE_HEAD, [entry], [_as(on_host(head), entry).T])
         n_params += int(np.prod(entry.shape))
     return Saved(len(entries) + (head is not None), n_params, nbytes, tuple(files))
 
 
-@jax.jit
-def _row(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+def give_tensors(params: Params, cfg: ModelConfig, *, role: str = "model", head: jax.Array | None = None) -> None:
+    """This process's part in a `write_checkpoint` that another process makes of arrays which all hold parts of: the
+    same tensors in the same order, without writing anything."""
+    for slot in slots(cfg, head=role != "ar").values():
+        _tensor(params, slot)
+    if head is not None:
+        on_host(head)
+
+
+def _tensor(params: Params, slot: Slot) -> np.ndarray:
+    array = leaf(params, slot)
+    return on_host(array) if slot.layer is None else row_on_host(array, slot.layer)
 
 
 def _fetch(params: Params, slot: Slot, entry: Entry) -> np.ndarray:
     """One tensor on the host, as a checkpoint stores it (a transposed view)."""
-    array = leaf(params, slot)
-    if slot.layer is not None:
-        array = array[slot.layer] if isinstance(array, np.ndarray) else _row(array, np.int32(slot.layer))
-    tensor = _as(np.asarray(array), entry)
+    tensor = _as(_tensor(params, slot), entry)
     return tensor.T if slot.transpose else tensor
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from nla_jax.models.config import ModelConfig, RopeSpec
 from nla_jax.models.lora import Adapted
 from nla_jax.models.params import Params
+from nla_jax.models.sharding import constrain
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision:
@@ -119,7 +120,12 @@ def gated(gate: jax.Array, up: jax.Array, name: str) -> jax.Array:
 
 def embed(params: Params, tokens_BxT: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Token embeddings [B, T, D]; Gemma's are multiplied by sqrt(D), rounded to the parameters' dtype first."""
+    # On a mesh: looked up where the table's columns are, then sent to where the rows are. Left alone, the compiler
+    # gives every device all rows. (While decoding, the table is whole along D.)
+    sharded = tokens_BxT.shape[1] > 1
+    tokens_BxT = constrain(tokens_BxT, "copies", None) if sharded else tokens_BxT
     x = jnp.take(params.embed, tokens_BxT, axis=0)
+    x = constrain(x, "copies", None, "embed") if sharded else x
     if cfg.scale_embeddings:
         x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
     return x

@@ -24,7 +24,8 @@ from nla_jax.models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: `shape`, logical `axes` (one name per dimension), `init` and the fan-in it scales with."""
+    """One parameter: `shape`, logical `axes` (one name per dimension: those of `models.sharding.RULES`), `init` and
+    the fan-in it scales with."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
@@ -83,7 +84,7 @@ def param_specs(cfg: ModelConfig, *, head: bool = True) -> Params:
         return ParamSpec((n, size), ("layers", axis), init)
 
     norm_init = "zeros" if cfg.norm_plus_one else "ones"
-    norm = vector(d, "embed", norm_init)
+    norm = vector(d, "width", norm_init)
     head_norm = vector(h, "head_dim", norm_init) if cfg.qk_norm else None
     layers = Layers(
         attn_norm=norm,
@@ -98,19 +99,19 @@ def param_specs(cfg: ModelConfig, *, head: bool = True) -> Params:
         bq=vector(q, "heads", "zeros") if cfg.qkv_bias else None,
         bk=vector(kv, "kv_heads", "zeros") if cfg.qkv_bias else None,
         bv=vector(kv, "kv_heads", "zeros") if cfg.qkv_bias else None,
-        bo=vector(d, "embed", "zeros") if cfg.out_bias else None,
+        bo=vector(d, "width", "zeros") if cfg.out_bias else None,
         q_norm=head_norm,
         k_norm=head_norm,
         attn_post_norm=norm if cfg.post_norms else None,
         mlp_post_norm=norm if cfg.post_norms else None,
         b_gate=vector(f, "mlp", "zeros") if cfg.mlp_bias else None,
         b_up=vector(f, "mlp", "zeros") if cfg.mlp_bias else None,
-        b_down=vector(d, "embed", "zeros") if cfg.mlp_bias else None,
+        b_down=vector(d, "width", "zeros") if cfg.mlp_bias else None,
     )
     return Params(
         embed=ParamSpec((v, d), ("vocab", "embed"), "normal", d),
         layers=layers,
-        final_norm=ParamSpec((d,), ("embed",), norm_init) if head else None,
+        final_norm=ParamSpec((d,), ("width",), norm_init) if head else None,
         lm_head=ParamSpec((d, v), ("embed", "vocab"), "normal", d) if head and not cfg.tied else None,
     )
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from nla_jax.models.cache import Cache, Prefix
+from nla_jax.models.cache import Cache, Prefix, on_devices
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.layers import embed, unembed
 from nla_jax.models.params import Params
+from nla_jax.models.sharding import constrain, constrain_rows
 from nla_jax.models.transformer import run_blocks
 
 _CHUNK = 512  # tokens of the vocabulary summed at a time when sampling
@@ -52,6 +53,8 @@ def draw(
     logits_BxV: jax.Array, keys_B: jax.Array, step: jax.Array | int, temperature: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """One token per row and its temperature-1 log-probability. Temperature 0 takes the largest logit."""
+    # Each row whole on one device: cumulative sums over a vocabulary that is split are slow and change its order.
+    logits_BxV = constrain(logits_BxV, "rows", None)
     # Relative to the largest: large logits would otherwise swallow the digits of the log-probabilities.
     logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
     uniform_B = jax.vmap(lambda k: 1.0 - jax.random.uniform(jax.random.fold_in(k, step)))(keys_B)  # in (0, 1]
@@ -75,9 +78,9 @@ def _invert_cdf(logits_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     chunk_cdf = jnp.cumsum(jnp.sum(mass, axis=-1), axis=-1)
     target = uniform_B * chunk_cdf[:, -1]
     chunk = jnp.argmax(chunk_cdf >= target[:, None], axis=-1)
-    rows = jnp.arange(B)
-    inside = jnp.cumsum(mass[rows, chunk], axis=-1)
-    rest = target - jnp.where(chunk > 0, chunk_cdf[rows, jnp.maximum(chunk - 1, 0)], 0.0)
+    inside = jnp.cumsum(jnp.take_along_axis(mass, chunk[:, None, None], axis=1)[:, 0], axis=-1)
+    before = jnp.take_along_axis(chunk_cdf, jnp.maximum(chunk - 1, 0)[:, None], axis=1)[:, 0]
+    rest = target - jnp.where(chunk > 0, before, 0.0)
     # Rounding may leave a little more to reach than the chunk holds, or nothing: stay on tokens that have mass.
     rest = jnp.clip(rest, jnp.finfo(jnp.float32).tiny, inside[:, -1])
     return (chunk * _CHUNK + jnp.argmax(inside >= rest[:, None], axis=-1)).astype(jnp.int32)
@@ -106,6 +109,7 @@ def decode(
     B = logits_BxV.shape[0]
     assert cache.slots >= max_new_tokens, (cache.slots, max_new_tokens)
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
+    cache, keys_B = on_devices(cache), constrain(keys_B, "rows")
 
     token, logprob = draw(logits_BxV, keys_B, 0, temperature)
 
@@ -137,4 +141,4 @@ def decode(
         jnp.ones((B,), jnp.int32),
     )
     _, _, done, cache, tokens, logprobs, lengths = jax.lax.while_loop(more, body, state)
-    return Samples(tokens=tokens, logprobs=logprobs, lengths=lengths, stopped=done), cache
+    return constrain_rows(Samples(tokens=tokens, logprobs=logprobs, lengths=lengths, stopped=done)), cache

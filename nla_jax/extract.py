@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from nla_jax.manifest import ROLES
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.layers import embed
 from nla_jax.models.params import Params
+from nla_jax.models.placing import on_host, put
+from nla_jax.models.sharding import row_sharding, row_shards, under
 from nla_jax.models.transformer import run_blocks
 
 TEMPLATE_ROLE = ROLES.index("template")  # tokens that a chat template wrote, not a participant
@@ -172,16 +174,15 @@ def shard_vectors(
 ) -> np.ndarray:
     """The vectors float32 [n_rows, D] of store rows first_row .. first_row + n_rows - 1.
 
-    `rows` lists every position any of whose layers falls into that range. Under a `mesh` the batch is split over its
-    first axis. `done(rows, tokens)` is called as batches finish. One batch is computed while the host prepares the
-    next."""
+    `rows` lists every position any of whose layers falls into that range. Under a `mesh` each batch is split over it;
+    if it spans processes, all of them call this alike. `done(rows, tokens)` is called as batches finish. One batch is
+    computed while the host prepares the next."""
     out = np.zeros((n_rows, cfg.d_model), np.float32)
     filled = np.zeros(n_rows, bool)
-    split = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-    devices = 1 if mesh is None else mesh.shape[mesh.axis_names[0]]
+    devices = row_shards(mesh)
 
     def collect(batch: Batch, vectors: jax.Array) -> None:
-        found = np.asarray(vectors)
+        found = on_host(vectors)
         b, p = np.nonzero(batch.row >= 0)
         count = 0
         for i in range(len(layers)):
@@ -195,8 +196,10 @@ def shard_vectors(
 
     running: tuple[Batch, jax.Array] | None = None
     for batch in batches(rows, tokens_of, per_document=per_document, batch_tokens=batch_tokens, devices=devices):
-        tokens, positions = jax.device_put((batch.tokens, batch.positions), split)
-        started = batch, gather(params, tokens, positions, cfg=cfg, layers=layers)
+        split = None if mesh is None else row_sharding(mesh, len(batch.tokens))
+        tokens, positions = put(batch.tokens, split), put(batch.positions, split)
+        with under(mesh):
+            started = batch, gather(params, tokens, positions, cfg=cfg, layers=layers)
         if running is not None:
             collect(*running)
         running = started

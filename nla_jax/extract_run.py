@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from nla_jax.corpus import Corpus, tokenize_document
 from nla_jax.errors import CheckpointError, InputError, NLAError, PromptError, StoreError
@@ -26,14 +26,17 @@ from nla_jax.hub import progress_bar
 from nla_jax.manifest import StoreSpec, index_exists
 from nla_jax.models import hf
 from nla_jax.models.config import ModelConfig, text_part
-from nla_jax.models.params import Params, map_specs, param_specs
+from nla_jax.models.params import Params, param_specs
 from nla_jax.models.safetensors_io import DTYPES, Checkpoint
+from nla_jax.models.sharding import MeshSettings, make_mesh, shardings
+from nla_jax.processes import of_first
 from nla_jax.roles import default_dtype
 from nla_jax.store import Store
 from nla_jax.store_write import IndexedDocument, ShardWriter, create_index
 from nla_jax.tokenizer import Tokenizer
 
 _SAMPLE_BYTES = 4096  # of each tensor, for the fingerprint of the weights
+WHOLE = MeshSettings()  # a copy of the target on every device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +66,7 @@ def extract(
     batch_tokens: int = 2048,
     process: int = 0,
     processes: int = 1,
+    split: MeshSettings = WHOLE,
     wait_seconds: float = 3600.0,
     note: Callable[[str], None] = lambda line: None,
     indexed: Callable[[int], None] = lambda documents: None,
@@ -72,8 +76,10 @@ def extract(
 
     `target` is a model directory, called `name` in the store (its own name by default); its first max(layers) + 1
     blocks are read. Process 0 makes the index, the others wait for it; process p of P computes shards p, p + P, ...
-    With several local devices each batch is split over them; `batch_tokens` are the padded tokens that one of them
-    gets at a time. `indexed(documents)` is called while the corpus is read, `progress` while vectors are computed.
+    With several local devices each batch is split over them, and the target as `split` says; `batch_tokens` are the
+    padded tokens that one of them gets at a time. Where one process's devices are too few for `split`, all processes
+    (of `jax.distributed`) compute every shard together, and p writes shards p, p + P, ... `indexed(documents)` is
+    called while the corpus is read, `progress` while vectors are computed.
     Raises an NLAError naming the first setting in which an existing store differs.
     """
     _check(settings, shard_rows, batch_tokens, process, processes)
@@ -105,18 +111,21 @@ def extract(
             _wait_for_index(out, wait_seconds, note)
     writer = ShardWriter(out, spec)
     store = Store.open(out, complete=False)
-    pending = writer.pending(process, processes)
+    mesh = _mesh(split)
+    jointly = mesh is not None and len(mesh.local_devices) < mesh.size
+    pending = of_first(writer.pending(0, 1)) if jointly else writer.pending(process, processes)
+    mine = [shard for shard in pending if not jointly or shard % processes == process]
     seconds, tokens = 0.0, 0
     if pending:
         shards = f"{len(pending)} of {writer.n_shards} shards to do"
-        note(f"{store.n_rows} rows of {store.n_docs} documents, {shards}" + (" here" if processes > 1 else ""))
-        mesh = _mesh()
+        alone = processes > 1 and not jointly
+        note(f"{store.n_rows} rows of {store.n_docs} documents, {shards}" + (" here" if alone else ""))
         cfg, params = _load(target, dtype, max(settings.layers) + 1, mesh)
         start = time.monotonic()
-        tokens = _compute(writer, store, pending, params, cfg, settings, batch_tokens, mesh, progress)
+        tokens = _compute(writer, store, pending, mine, params, cfg, settings, batch_tokens, mesh, progress)
         seconds = time.monotonic() - start
     counts = store.manifest["corpus"]["counts"]
-    return Extraction(store.n_rows, store.n_docs, counts, len(pending), tokens, seconds, writer.finish())
+    return Extraction(store.n_rows, store.n_docs, counts, len(mine), tokens, seconds, writer.finish())
 
 
 def weights_fingerprint(path: Path) -> str:
@@ -149,22 +158,20 @@ def _model(target: Path, settings: Settings) -> ModelConfig:
     return cfg
 
 
-def _mesh() -> Mesh | None:
-    """This process's devices along one axis; None if there is only one. Other processes' devices are their own."""
+def _mesh(split: MeshSettings = WHOLE) -> Mesh | None:
+    """This process's devices, or those of all processes where these are too few for `split`; None if there is one."""
     devices = jax.local_devices()
-    if len(devices) == 1:
-        return None
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    enough = (split.fsdp or 1) * split.tensor <= len(devices)
+    return make_mesh(split, devices if enough else jax.devices())
 
 
 def _load(target: Path, dtype: str, n_layers: int, mesh: Mesh | None) -> tuple[ModelConfig, Params]:
-    shardings = None
+    to = None
     if mesh is not None:
-        everywhere = NamedSharding(mesh, PartitionSpec())
         trunk = ModelConfig.from_dir(target).truncated(n_layers)
-        shardings = map_specs(lambda spec: everywhere, param_specs(trunk, head=False))
+        to = shardings(param_specs(trunk, head=False), trunk, mesh)
     with progress_bar("reading target") as bar:
-        return hf.load_model(target, dtype, n_layers=n_layers, head=False, shardings=shardings, progress=bar)
+        return hf.load_model(target, dtype, n_layers=n_layers, head=False, shardings=to, progress=bar)
 
 
 def _documents(
@@ -190,6 +197,7 @@ def _compute(
     writer: ShardWriter,
     store: Store,
     pending: list[int],
+    mine: list[int],
     params: Params,
     cfg: ModelConfig,
     settings: Settings,
@@ -197,7 +205,8 @@ def _compute(
     mesh: Mesh | None,
     progress: Callable[[int, int, int], None],
 ) -> int:
-    """Computes and writes shards; returns how many tokens ran. One shard is written while the next is computed."""
+    """Computes the pending shards and writes those that are `mine`; returns how many tokens ran. One shard is written
+    while the next is computed."""
     total = sum(b - a for a, b in map(writer.rows, pending))
     rows = tokens = 0
 
@@ -232,6 +241,8 @@ def _compute(
                     raise
                 fix = f"a new store with --batch-tokens {max(batch_tokens // 4, 1)} or a smaller --max-tokens"
                 raise InputError("out of memory", got=f"batches of {batch_tokens} tokens", fix=fix) from None
+            if shard not in mine:
+                continue
             if writing is not None:
                 writing.result()
             writing = pool.submit(writer.write_shard, shard, vectors)

@@ -60,6 +60,7 @@ def make_loader(
     seed: int = 0,
     process: int = 0,
     processes: int = 1,
+    share: np.ndarray | None = None,
     buckets: Sequence[int] = BUCKETS,
     epochs: int | None = None,
     pack: bool = False,
@@ -72,7 +73,8 @@ def make_loader(
     """An iterator over the batches of `rows` (by default those of the split called `kind`).
 
     `kind`: "av_sft", "ar_sft" (both need a tokenizer and a sidecar) or "rl". `batch_size` counts the rows of one step
-    over all `processes`, of which this is number `process`. `buckets`: lengths in tokens that batches are padded to;
+    over all `processes`, of which this is number `process`; or `share` are the rows of each batch that are read here,
+    which may be any. `buckets`: lengths in tokens that batches are padded to;
     examples longer than the last are dropped and counted in `loader.report`. `epochs`: None never ends. `pack` puts
     several samples into rows of the last bucket's length. `prefetch` batches are read ahead by `threads` threads.
     `cache` and `progress`: of tokenizing (see `make_examples`).
@@ -109,8 +111,10 @@ def make_loader(
     if not len(plan.batches):
         raise InputError("drop_remainder", expected=f"at least {batch_size} rows", got=len(packs) or n)
     pad = 0 if tokenizer is None or tokenizer.pad_id is None else tokenizer.pad_id
-    share = batch_size // processes
-    batches = Batches(store, examples, packs, plan, slice(process * share, (process + 1) * share), pad, epochs)
+    if share is None:
+        own = batch_size // processes
+        share = np.arange(process * own, (process + 1) * own)
+    batches = Batches(store, examples, packs, plan, share, pad, epochs)
     return Loader(batches, threads, prefetch)
 
 
@@ -144,7 +148,7 @@ class Batches:
         examples: Examples,
         packs: list[np.ndarray],
         plan: Plan,
-        share: slice,
+        share: np.ndarray,
         pad_id: int,
         epochs: int | None,
     ):

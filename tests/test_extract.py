@@ -120,8 +120,8 @@ def test_several_layers_in_one_pass_are_the_separate_passes(target, corpus, tmp_
 
 
 def test_eight_devices_are_one_device(target, corpus, store, tmp_path, monkeypatch):
-    assert extract_run._mesh().shape == {"data": 8}
-    monkeypatch.setattr(extract_run, "_mesh", lambda: None)
+    assert extract_run._mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    monkeypatch.setattr(extract_run, "_mesh", lambda split: None)
     run(target, corpus, tmp_path / "s")
     one = Store.open(tmp_path / "s")
     assert tree(tmp_path / "s" / "rows") == tree(Path(store.path) / "rows")

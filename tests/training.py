@@ -97,6 +97,7 @@ class World:
             "store": str(self.store),
             "seed": 0,
             "logit_chunk": 4096,
+            "mesh": {"data": 1},
             "lm": {
                 "corpus": str(self.path / "world" / "lm.jsonl"),
                 "tokenizer": str(self.path / "world" / "tokenizer"),

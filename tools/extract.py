@@ -11,6 +11,7 @@ import click
 
 from nla_jax.errors import InputError, NLAError
 from nla_jax.tools.options import note, progress
+from nla_jax.tools.processes import PROCESSES, sharing
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -85,8 +86,11 @@ def parse_rows(text: str | None) -> slice | None:
     show_default=True,
     help="Rows computed, written and recorded together: what a kill loses. Best N times as many with N devices.",
 )
-@click.option("--process", default=0, help="Number of this process; process 0 makes the index.")
-@click.option("--processes", type=_COUNT, default=1, help="How many processes share the work.")
+@click.option("--fsdp", type=_COUNT, default=1, show_default=True, help="Devices that the target is split over.")
+@click.option("--tensor", type=_COUNT, default=1, show_default=True, help="Devices that heads and MLP are split over.")
+@click.option("--process", type=click.IntRange(min=0), help="Of processes that only share the store: which this is.")
+@click.option("--processes", type=_COUNT, help="How many they are; process 0 makes the index.")
+@PROCESSES
 def extract(
     corpus: str,
     target: str,
@@ -106,18 +110,25 @@ def extract(
     text_split: str,
     batch_tokens: int,
     shard_rows: int,
-    process: int,
-    processes: int,
+    fsdp: int,
+    tensor: int,
+    process: int | None,
+    processes: int | None,
+    **joining: Any,
 ) -> None:
     """Read CORPUS with a model and store the residual-stream vectors of some of its tokens.
 
     CORPUS is a text file, JSONL, parquet, a Hugging Face dataset directory, a directory of such files, or
     hub:ORG/NAME; documents or chats. The same command again goes on where a killed one stopped.
+
+    Several hosts run the same command: on TPU pods, in Slurm and in Kubernetes they find each other and each does its
+    shards, or all do every one where --fsdp x --tensor is more devices than one of them has.
     """
     from nla_jax import hub
     from nla_jax.corpus import open_corpus
     from nla_jax.extract import Settings
     from nla_jax.extract_run import extract as run
+    from nla_jax.models.sharding import MeshSettings
     from nla_jax.tools.report import layer_aliases
 
     layers = parse_layers(layer)
@@ -136,22 +147,24 @@ def extract(
         note(f"layer_index {k} = output of " + " = ".join(layer_aliases(k).values()))
     bars = _Bars()
     try:
-        result = run(
-            directory,
-            opened,
-            out,
-            settings,
-            name=None if Path(target).expanduser().is_dir() else target,
-            compute_dtype=dtype,
-            store_dtype=store_dtype,
-            shard_rows=shard_rows,
-            batch_tokens=batch_tokens,
-            process=process,
-            processes=processes,
-            note=bars.note,
-            indexed=bars.indexed,
-            progress=bars.extracted,
-        )
+        with sharing(process, processes, **joining) as (number, count):
+            result = run(
+                directory,
+                opened,
+                out,
+                settings,
+                name=None if Path(target).expanduser().is_dir() else target,
+                compute_dtype=dtype,
+                store_dtype=store_dtype,
+                shard_rows=shard_rows,
+                batch_tokens=batch_tokens,
+                process=number,
+                processes=count,
+                split=MeshSettings(fsdp=fsdp, tensor=tensor),
+                note=bars.note,
+                indexed=bars.indexed,
+                progress=bars.extracted,
+            )
     except NLAError:
         bars.close()
         _report_skipped(opened.counts, opened)

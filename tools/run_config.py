@@ -22,7 +22,7 @@ from nla_jax.errors import InputError, NLAError
 from nla_jax.train.fields import literal, parse, unknown_key
 from nla_jax.train.settings import LR, SECTIONS, keys_of, paths, top_level_keys
 
-_NOT_RUNS = ("released", "common")  # modules of nla_jax.configs that no run can be made from
+_NOT_RUNS = ("released", "common", "chips", "architectures")  # modules of nla_jax.configs that no run can be made from
 
 
 def names() -> list[str]:

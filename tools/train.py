@@ -8,8 +8,10 @@ from typing import Any
 
 import click
 
+from nla_jax import host_memory
 from nla_jax.errors import InputError
 from nla_jax.tools.cli import _debug_option
+from nla_jax.tools.processes import PROCESSES, together
 
 _KEY = "--config."
 _EPILOG = (
@@ -69,8 +71,13 @@ def train() -> None:
     llama3_3_70b_l53) or a Python file with a function get_config(). Every key can be set on the command line:
     --config.rl.lr=1e-5. `rl` starts from what `ar` and `av` of the same run have written.
 
+    All devices take part, as config.mesh says: --config.mesh.fsdp=0 splits parameters over all of them. On several
+    hosts run the same command on each; where --out is on a file system that they share. On TPU pods, in Slurm and in
+    Kubernetes they find each other, elsewhere --coordinator, --num-processes and --process-id say it.
+
     The same command again goes on from the last checkpoint. Exit codes: 0 finished, 75 stopped by a signal with a
-    checkpoint saved (run it again), 2 bad input, 1 an error of ours.
+    checkpoint saved (run it again), 2 bad input, 1 an error of ours. Where one of several processes is lost the others
+    end as well, with 75 or by SIGABRT (134): run it again on all.
 
     \b
     Examples:
@@ -78,6 +85,7 @@ def train() -> None:
       nla train av --config=qwen2_5_7b_l20
       nla train rl --config=qwen2_5_7b_l20 --config.rl.lr=5e-6 --config.rl.transforms=shuffle:0.5
     """
+    host_memory.keep_freed_memory()
 
 
 def _stage(name: str, text: str) -> None:
@@ -93,6 +101,7 @@ def _stage(name: str, text: str) -> None:
         click.option("--wandb", metavar="PROJECT", help="Report to this Weights & Biases project too."),
         click.option("--no-tensorboard", is_flag=True, help="Write no TensorBoard files."),
         click.option("--print-config", is_flag=True, help="Print the stage's settings as JSON and exit."),
+        PROCESSES,
     ]
     function: Any = click.pass_context(command)
     for option in reversed(decorate):
@@ -116,6 +125,10 @@ def _run(
     wandb: str | None,
     no_tensorboard: bool,
     print_config: bool,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    heartbeat: int,
 ) -> int:
     """Trains one stage; returns the exit code."""
     import json
@@ -133,11 +146,19 @@ def _run(
         return 0
     if not settings.out:
         raise InputError("config.out is not set", expected="a directory for the run", fix="--out DIR")
+    with together(coordinator, num_processes, process_id, heartbeat):
+        return _train(settings, wandb, not no_tensorboard)
+
+
+def _train(settings: Any, wandb: str | None, tensorboard: bool) -> int:
+    import jax
+
     from nla_jax.train.loop import run
     from nla_jax.train.tasks import make_task
 
-    out_dir = Path(settings.out).expanduser()
-    result = run(make_task(settings), out_dir, wandb=wandb, tensorboard=not no_tensorboard)
+    result = run(make_task(settings), Path(settings.out).expanduser(), wandb=wandb, tensorboard=tensorboard)
+    if jax.process_index() != 0:  # process 0 wrote for all
+        return result.exit_code
     for path in result.exports:
         click.echo(f"wrote {path}")
     report = result.directory / "report.html"

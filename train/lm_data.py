@@ -38,8 +38,17 @@ def token_pieces(documents: Iterable[Document], tokenizer: Tokenizer, length: in
 class _Rows:
     """Random access to batches: a grain source."""
 
-    def __init__(self, pieces: list[np.ndarray], rows: list[np.ndarray], length: int, batch_size: int, seed: int):
+    def __init__(
+        self,
+        pieces: list[np.ndarray],
+        rows: list[np.ndarray],
+        length: int,
+        batch_size: int,
+        seed: int,
+        share: np.ndarray | None = None,
+    ):
         self.pieces, self.rows, self.length = pieces, rows, length
+        self.share = np.arange(batch_size) if share is None else share
         self.plan = Plan(((length, np.arange(len(rows))),), batch_size, seed, drop=True)
 
     def __len__(self) -> int:
@@ -49,7 +58,7 @@ class _Rows:
         return f"_Rows({len(self.rows)} of {self.length} tokens)"
 
     def __getitem__(self, number: int) -> Batch:
-        _, items = self.plan.batch(int(number))
+        items = self.plan.batch(int(number))[1][self.share]
         out = {name: np.zeros((len(items), self.length), np.int32) for name in ("tokens", "segments", "positions")}
         for b, item in enumerate(items):
             at = 0
@@ -65,16 +74,26 @@ class _Rows:
 class LMLoader:
     """An endless iterator over batches; `state()` is where it stands, `restore(state)` goes there.
 
+    `share`: the rows of each batch that are read here; None for all.
     Attributes: `batches_per_epoch`, `report` (documents' pieces, tokens, share of padding)."""
 
-    def __init__(self, pieces: list[np.ndarray], *, length: int, batch_size: int, seed: int, prefetch: int = 4):
+    def __init__(
+        self,
+        pieces: list[np.ndarray],
+        *,
+        length: int,
+        batch_size: int,
+        seed: int,
+        prefetch: int = 4,
+        share: np.ndarray | None = None,
+    ):
         lengths = np.asarray([len(p) for p in pieces])
         if not len(lengths):
             raise InputError("corpus", expected="at least one document of two tokens", got="none")
         rows = pack(lengths, length, length)
         if len(rows) < batch_size:
             raise InputError("batch_size", expected=f"at most the {len(rows)} rows of the corpus", got=batch_size)
-        source = _Rows(pieces, rows, length, batch_size, seed)
+        source = _Rows(pieces, rows, length, batch_size, seed, share)
         self.batches_per_epoch = len(source.plan.batches)
         self.report = {
             "pieces": len(pieces),

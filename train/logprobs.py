@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.layers import unembed
 from nla_jax.models.params import Params
+from nla_jax.models.sharding import constrain, row_shards
 from nla_jax.train.state import cast
 
 
@@ -19,10 +20,11 @@ def token_logprobs(
 ) -> jax.Array:
     """Log-probability float32 [B, T] of each target under the logits of the stream `x` (before the final norm).
 
-    Some `chunk` tokens are projected at a time, and projected again in the backward pass. The chunks go along T, so
-    that a batch sharded over B stays where it is."""
+    Some `chunk` tokens are projected at a time on each device, and projected again in the backward pass. The chunks go
+    along T, so that a batch sharded over B stays where it is; under a mesh each gathers the projection, so that few
+    large ones cost least."""
     B, T, D = x_BxTxD.shape
-    size = min(max(chunk // B, 1), T)
+    size = min(max(chunk * row_shards(jax.sharding.get_abstract_mesh()) // B, 1), T)
     pad = -T % size
 
     def chunks(y: jax.Array) -> jax.Array:
@@ -31,7 +33,7 @@ def token_logprobs(
 
     @jax.checkpoint
     def one(params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = unembed(params, x, cfg)
+        logits = constrain(unembed(params, x, cfg), "rows", None, "vocab")
         chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from nla_jax.errors import NLAError
+from nla_jax.processes import of_all, of_first
 from nla_jax.train.checkpoint import Checkpoints, abstract
 from nla_jax.train.progress import Progress, summary
 from nla_jax.train.protocol import Task
@@ -138,9 +138,9 @@ class _Loop:
             wandb=wandb,
             writes=self.first,
         )
-        recorded = self.log.evaluation(self.step)
-        if _of_process_0(recorded is not None):
-            self.evaluation, self.evaluated = recorded or self.evaluation, self.step
+        recorded = of_first(self.log.evaluation(self.step))
+        if recorded is not None:
+            self.evaluation, self.evaluated = recorded, self.step
             self.judge()
         self.clock, self.clocked = time.monotonic(), self.step
 
@@ -225,7 +225,9 @@ class _Loop:
             return
         seconds = time.monotonic() - start
         self.clock += seconds  # the rate is that of training
-        self.evaluation, self.evaluated = {k: float(v) for k, v in metrics.items()}, self.step
+        # Process 0's, in all of them: what is saved, and when, hangs on these numbers.
+        self.evaluation = {k: float(v[0]) for k, v in of_all(metrics).items()}
+        self.evaluated = self.step
         assert self.log is not None
         self.log.samples(self.step, samples)
         self.log.write(self.step, {**self.evaluation, "eval_seconds": round(seconds, 3)})
@@ -266,13 +268,16 @@ class _Loop:
     def export(self) -> tuple[Path, ...]:
         """Writes what was trained, unless it was written from this very step before."""
         done = self.directory / "done.json"
+        paths: tuple[Path, ...] = ()
         try:
             before = json.loads(done.read_text(encoding="utf-8"))
             paths = tuple(self.directory / name for name in before["exports"])
-            if before["step"] == self.step and all(path.exists() for path in paths):
-                return paths
+            if before["step"] != self.step or not all(path.exists() for path in paths):
+                paths = ()
         except (OSError, ValueError, TypeError, KeyError):
             pass
+        if of_first(bool(paths)):
+            return paths
         paths = tuple(Path(path) for path in self.task.export(self.state, self.directory / "export"))
         if self.first:
             names = [os.path.relpath(path, self.directory) for path in paths]
@@ -300,7 +305,3 @@ class _Loop:
             if self.log is not None:
                 self.log.close()
             self.bar.close()
-
-
-def _of_process_0(value: bool) -> bool:
-    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(value))

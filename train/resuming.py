@@ -8,8 +8,9 @@ from typing import Any
 
 from nla_jax.errors import CheckpointError
 
-# Changing these does not change what is trained, so a run may be resumed with others.
-MAY_CHANGE = ("out", "log_every", "eval_every", "save_every", "keep_last")
+# Changing these does not change what is trained (another mesh does by rounding alone), so a run may be resumed with
+# others.
+MAY_CHANGE = ("out", "mesh", "log_every", "eval_every", "save_every", "keep_last")
 
 
 def changed_setting(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

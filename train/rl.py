@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from nla_jax.models.cache import Prefix
-from nla_jax.models.params import Params
+from nla_jax.models.params import Params, param_specs
 from nla_jax.models.sampler import Samples, row_keys
+from nla_jax.models.sharding import DECODE, constrain, constrain_rows, lay_out, mesh_of, on_its_mesh, replicated, under
 from nla_jax.reconstructor import ARParams, reconstruct
 from nla_jax.train.gradients import Batch, gradients
 from nla_jax.train.objectives import (
@@ -34,7 +35,7 @@ from nla_jax.train.objectives import (
     token_weights,
     usable,
 )
-from nla_jax.train.state import Metrics, TrainState, apply_gradients, cast
+from nla_jax.train.state import Metrics, TrainState, apply_gradients, cast, train_step
 from nla_jax.train.steps import ARConfig, AVConfig, av_logprobs, av_mask, guarded, prefix_fn
 from nla_jax.verbalizer import sample_explanations
 
@@ -62,17 +63,30 @@ class RLConfig:
     replay_av: float = 0.0
 
 
+@on_its_mesh
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def frozen(params: Params, *, cfg: AVConfig) -> tuple[Params, Prefix | None]:
+    """An AV that is only read, as the KL reference: in the compute dtype, with its prompt's keys and values."""
+    specs = param_specs(cfg.model)
+    return lay_out(cast(params, cfg.compute_dtype), specs, cfg.model), prefix_fn(cfg)(params)
+
+
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def decode_layout(params: Params, *, cfg: AVConfig) -> tuple[Params, Prefix | None]:
-    """The AV as the sampler wants it, once per update: in the compute dtype, with its prompt's keys and values."""
-    return cast(params, cfg.compute_dtype), prefix_fn(cfg)(params)
+    """The AV as the sampler wants it, once per update: in the compute dtype, with its prompt's keys and values, and
+    gathered over "fsdp", which would otherwise be done for every token."""
+    specs = param_specs(cfg.model)
+    # Cast where they lie, so that what is gathered is the compute dtype.
+    narrow = lay_out(cast(params, cfg.compute_dtype), specs, cfg.model)
+    return lay_out(narrow, specs, cfg.model, DECODE), prefix_fn(cfg)(params)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "samples"))
 def step_keys(seed: jax.Array, step: jax.Array, *, rows: int, samples: int) -> jax.Array:
     """Keys [rows * samples] of one step's samples: they depend on (seed, step, row in the batch, sample) alone."""
     seed = jax.random.bits(jax.random.fold_in(jax.random.key(seed), step), dtype=jnp.uint32)
-    return row_keys(seed, jnp.arange(rows, dtype=jnp.uint32), samples)
+    return constrain(row_keys(seed, jnp.arange(rows, dtype=jnp.uint32), samples), "rows")
 
 
 def rollout(
@@ -81,21 +95,22 @@ def rollout(
     """G explanations of each vector, at temperature 1 without top-p or top-k; row n * G + g is sample g of vector n.
 
     Nothing waits for the device. Unusable vectors are replaced, so that they cannot spoil the batch."""
-    av, prefix = decode_layout(params, cfg=cfg.av)
-    return sample_explanations(
-        av,
-        prefix,
-        _usable_vectors(vectors_NxD, cfg.av.norms),
-        keys,
-        prompt=cfg.av.prompt,
-        cfg=cfg.av.model,
-        injection_scale=cfg.av.injection_scale,
-        mode=cfg.av.mode,
-        samples=keys.shape[0] // vectors_NxD.shape[0],
-        temperature=temperature,
-        max_new_tokens=cfg.max_new_tokens,
-        stop_ids=cfg.stop_ids,
-    )
+    with under(mesh_of(params)):
+        av, prefix = decode_layout(params, cfg=cfg.av)
+        return sample_explanations(
+            av,
+            prefix,
+            _usable_vectors(vectors_NxD, cfg.av.norms),
+            keys,
+            prompt=cfg.av.prompt,
+            cfg=cfg.av.model,
+            injection_scale=cfg.av.injection_scale,
+            mode=cfg.av.mode,
+            samples=keys.shape[0] // vectors_NxD.shape[0],
+            temperature=temperature,
+            max_new_tokens=cfg.max_new_tokens,
+            stop_ids=cfg.stop_ids,
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("norms",))
@@ -115,6 +130,7 @@ class Judged:
     metrics: Metrics
 
 
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def judge(ar: ARParams, batch: Batch, penalty_B: jax.Array, *, cfg: RLConfig) -> Judged:
     """Rewards and advantages of samples. `batch`: `tokens` and `lengths` of the AR prompts [N * G, T], `vectors`
@@ -140,9 +156,12 @@ def judge(ar: ARParams, batch: Batch, penalty_B: jax.Array, *, cfg: RLConfig) ->
         "failed_share": jnp.sum(batch["failed"] * weight) / live,
         "bad_vectors": jnp.sum(batch["valid"] & ~good),
     }
-    return Judged(errors, reward, advantages(grouped, cfg.advantage, used).reshape(-1), weight, metrics)
+    found = advantages(grouped, cfg.advantage, used).reshape(-1)
+    errors, reward, found, weight = constrain_rows((errors, reward, found, weight))
+    return Judged(errors, reward, found, weight, replicated(metrics))
 
 
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def reference_logprobs(
     params: Params, prefix: Prefix | None, samples: Samples, vectors_NxD: jax.Array, *, cfg: RLConfig
@@ -151,7 +170,7 @@ def reference_logprobs(
     G = samples.tokens.shape[0] // vectors_NxD.shape[0]
     vectors = jnp.repeat(replace_unusable(vectors_NxD, usable(vectors_NxD, cfg.av.norms)), G, axis=0)
     batch = {"tokens": _with_tail(samples.tokens, cfg.av), "vectors": vectors}
-    return av_logprobs(params, prefix, batch, cfg.av)[:, cfg.av.tail - 1 :]
+    return constrain_rows(av_logprobs(params, prefix, batch, cfg.av)[:, cfg.av.tail - 1 :])
 
 
 def _with_tail(tokens_BxR: jax.Array, cfg: AVConfig) -> jax.Array:
@@ -172,11 +191,42 @@ def policy_batch(
         "reference": reference_BxR,
         "advantages": judged.advantages,
         "weight": judged.weight,
-        "vectors": jnp.repeat(_usable_vectors(vectors_NxD, norms), G, axis=0),
+        "vectors": _per_sample(vectors_NxD, norms, G),
     }
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("samples", "multiple"))
+def regression_batch(batch: Batch, teacher: Batch | None, *, samples: int, multiple: int = 1) -> Batch:
+    """The AR's batch: the rollout's successful samples, and teacher pairs (an `ar_sft` batch) where they are replayed.
+
+    Rows that are not valid fill it up to a `multiple`, so that it can be split over devices."""
+    rows = {
+        "tokens": batch["tokens"],
+        "lengths": batch["lengths"],
+        "vectors": jnp.repeat(batch["vectors"], samples, axis=0),
+        "valid": jnp.repeat(batch["valid"], samples),
+        "weight": 1.0 - batch["failed"].astype(jnp.float32),
+    }
+    if teacher is not None:
+        teacher = {**teacher, "weight": jnp.ones(teacher["valid"].shape)}
+        width = max(rows["tokens"].shape[1], teacher["tokens"].shape[1])
+        for part in (rows, teacher):
+            part["tokens"] = jnp.pad(part["tokens"], ((0, 0), (0, width - part["tokens"].shape[1])))
+        rows = {name: jnp.concatenate([rows[name], teacher[name]]) for name in rows}
+    missing = -len(rows["valid"]) % multiple
+    if missing:
+        rows = {name: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) for name, x in rows.items()}
+        rows["lengths"] = jnp.maximum(rows["lengths"], 1)
+    return constrain_rows(rows)
+
+
+@on_its_mesh
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _per_sample(vectors: jax.Array, norms: tuple[float, float], samples: int) -> jax.Array:
+    return constrain_rows(jnp.repeat(replace_unusable(vectors, usable(vectors, norms)), samples, axis=0))
+
+
+@train_step
 def policy_step(
     state: TrainState, batch: Batch, replay: Batch | None = None, *, cfg: RLConfig
 ) -> tuple[TrainState, Metrics]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from nla_jax.export import export_dir
 from nla_jax.hub import progress_bar
 from nla_jax.models import hf
 from nla_jax.models.config import ModelConfig, read_hf_config
-from nla_jax.models.params import Params
+from nla_jax.models.params import Params, ParamSpec, param_specs
 from nla_jax.prompt import AVPrompt, build_av_prompt
 from nla_jax.reconstructor import ARParams, init_head
 from nla_jax.roles import AR, AV
 from nla_jax.sidecar import Sidecar
 from nla_jax.tokenizer import Tokenizer
+from nla_jax.train.layout import ONE_DEVICE, Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +45,36 @@ class Role:
     def mse_scale(self) -> float:
         return self.sidecar.need_mse_scale(self.path)
 
-    def load(self, dtype: str) -> Any:
+    def specs(self) -> Any:
+        """The declared parameters, as the tree that `load` gives."""
+        if self.role == "av":
+            return param_specs(self.cfg)
+        square = ParamSpec((self.cfg.d_model,) * 2, ("embed", "reads"))
+        return ARParams(trunk=param_specs(self.cfg, head=False), head=square)
+
+    def load(self, dtype: str, layout: Layout = ONE_DEVICE) -> Any:
         """`Params` of an AV, `ARParams` of an AR; an AR that is made from the target has an identity head."""
+        to = layout.shardings(self.specs(), self.cfg)
         with progress_bar(f"reading {self.role.upper()}") as bar:
             if self.role == "av":
-                return hf.load_model(self.path, dtype, progress=bar)[1]
+                return hf.load_model(self.path, dtype, shardings=to, progress=bar)[1]
+            of_trunk, of_head = (None, None) if to is None else (to.trunk, to.head)
             if self.own:
-                _, trunk, head = hf.load_ar(self.path, dtype, progress=bar)
+                _, trunk, head = hf.load_ar(self.path, dtype, shardings=of_trunk, head_sharding=of_head, progress=bar)
                 return ARParams(trunk=trunk, head=head)
             n = self.cfg.n_layers
-            _, trunk = hf.load_model(self.path, dtype, n_layers=n, head=False, progress=bar)
-            return ARParams(trunk=trunk, head=init_head(self.cfg.d_model, dtype))
+            _, trunk = hf.load_model(self.path, dtype, n_layers=n, head=False, shardings=of_trunk, progress=bar)
+            make = functools.partial(init_head, self.cfg.d_model, dtype)
+            return ARParams(trunk=trunk, head=make() if of_head is None else jax.jit(make, out_shardings=of_head)())
 
     def export(self, params: Any, directory: Path, *, stage: str) -> Path:
         """Writes directory/<role>, as one move: weights, tokenizer and sidecar, as `nla explain` and the reference
-        read them."""
+        read them. Of several processes the first writes, and all have to call this: each holds a part."""
         trunk, head = (params.trunk, params.head) if self.role == "ar" else (params, None)
         out = directory / self.role
+        if jax.process_index() != 0:
+            hf.give_tensors(trunk, self.cfg, role=self.role, head=head)
+            return out
         sidecar = dataclasses.replace(self.sidecar, kind="nla_model", role=self.role, stage=stage)  # type: ignore[arg-type]
         config = read_hf_config(self.path)
         export_dir(trunk, self.cfg, config, self.path, out, role=self.role, head=head, sidecar=sidecar, overwrite=True)

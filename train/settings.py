@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from nla_jax.errors import InputError
+from nla_jax.models.sharding import MeshSettings
 from nla_jax.train.fields import (
     Frozen,
     check_choices,
@@ -70,11 +71,12 @@ class StageSettings:
     param_dtype: Dtype = "float32"  # of the parameters that are updated
     compute_dtype: Dtype = "float32"  # of matrix products; losses and norms are float32 always
     remat: bool = False  # recompute blocks in the backward pass: less memory, about a third more work
-    logit_chunk: int = 1024  # tokens whose logits exist at a time
+    logit_chunk: int = 1024  # tokens whose logits exist at a time on a device
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between held-out evaluations beside the first and the last; 0 for none
     save_every: int = 0  # steps between checkpoints beside the last; 0 for none
     keep_last: int = 2  # checkpoints kept beside the best one
+    mesh: MeshSettings = MeshSettings()  # how the devices share the work (models/sharding.py); alike in result
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -233,7 +235,7 @@ SECTIONS: dict[str, type[Settings]] = {"lm": LMSettings, "ar": SFTSettings, "av"
 # Written once at the top level of a config for every stage that has the field; a stage's section goes before it.
 SHARED = (
     *("out", "target", "store", "eval_store", "eval_rows", "tokenizer", "seed", "param_dtype", "compute_dtype"),
-    *("remat", "logit_chunk", "log_every", "eval_every", "save_every", "keep_last"),
+    *("remat", "logit_chunk", "log_every", "eval_every", "save_every", "keep_last", "mesh"),
 )
 _NEEDED = frozenset(name for cls in SECTIONS.values() for name in _needed(cls))
 LR = "lr"  # in a stage's section: the learning rate of all its optimizers
@@ -265,6 +267,8 @@ def from_config(config: Any, stage: str) -> Settings:
         raise InputError("stage", expected=" or ".join(SECTIONS), got=repr(stage))
     given = plain(config.to_dict() if hasattr(config, "to_dict") else config)
     top = _read(given, top_level_keys(), "config")
+    if "mesh" in top:
+        top["mesh"] = _read(top["mesh"], keys_of(MeshSettings), "config.mesh")
     sections = {name: _section(top.pop(name), SECTIONS[name], name) for name in STAGES if top.get(name) is not None}
     if stage not in sections:
         fix = f"--config.{stage}.KEY=VALUE, or nla train {' or '.join(sections)}" if sections else None
@@ -273,6 +277,7 @@ def from_config(config: Any, stage: str) -> Settings:
     fields = hints(cls)
     values = {name: value for name, value in top.items() if name in fields}
     values.update(sections[stage])
+    values["mesh"] = _mesh(top.get("mesh"), sections[stage].get("mesh"), stage)
     if cls is SFTSettings:
         values["stage"] = stage
     if cls is RLSettings and values.get("out"):
@@ -289,10 +294,21 @@ def from_config(config: Any, stage: str) -> Settings:
         raise _placed(error, "config" if shared else f"config.{stage}") from None
 
 
+def _mesh(shared: Any, own: Any, stage: str) -> MeshSettings:
+    """A stage's mesh: its section's keys before the top level's."""
+    try:
+        return MeshSettings(**{**(shared or {}), **(own or {})})
+    except InputError as error:
+        key = error.what.partition(".")[2]
+        raise _placed(error, f"config.{stage}" if key in (own or {}) else "config") from None
+
+
 def _section(given: Any, cls: type[Settings], name: str) -> dict[str, Any]:
     """A stage's section with `lr` taken apart and optimizers made; only what was given."""
     where = f"config.{name}"
     values = _read(given, keys_of(cls), where)
+    if "mesh" in values:
+        values["mesh"] = _read(values["mesh"], keys_of(MeshSettings), f"{where}.mesh")
     lr = values.pop(LR, None)
     for optim in cls.optimizers():
         if optim in values or lr is not None:

@@ -8,7 +8,6 @@ means over all that counts in the batch, also in micro-batches; metrics are devi
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -27,7 +26,7 @@ from nla_jax.train.gradients import Batch, gradients
 from nla_jax.train.logprobs import token_logprobs
 from nla_jax.train.objectives import mse_nrm, replace_unusable, usable
 from nla_jax.train.settings import OptimizerSettings
-from nla_jax.train.state import Metrics, TrainState, apply_gradients, cast
+from nla_jax.train.state import Metrics, TrainState, apply_gradients, cast, train_step
 from nla_jax.verbalizer import add_norm_matched, av_prefix, inject
 
 
@@ -69,7 +68,7 @@ class AVConfig(StepConfig):
         return len(self.prompt.ids) - self.prompt.marker
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+@train_step
 def lm_step(state: TrainState, batch: Batch, *, cfg: StepConfig) -> tuple[TrainState, Metrics]:
     """One step of next-token prediction on `tokens`, `segments`, `positions` [B, T]; segment 0 is padding."""
     total = jnp.maximum(jnp.sum(_predicts(batch)), 1)
@@ -98,7 +97,7 @@ def _predicts(batch: Batch) -> jax.Array:
     return (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+@train_step
 def ar_step(state: TrainState, batch: Batch, *, cfg: ARConfig) -> tuple[TrainState, Metrics]:
     """One regression step of the AR: mean mse_nrm of the valid rows (an `ar_sft` batch; RL adds `weight` [B])."""
     batch = guarded(batch, cfg.norms)
@@ -133,7 +132,7 @@ def predict(ar: ARParams, batch: Batch, cfg: ModelConfig, *, remat: bool = False
     return jnp.matmul(last, ar.head, precision=precision_of(last.dtype)).astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",), donate_argnames=("state",))
+@train_step
 def av_step(state: TrainState, batch: Batch, *, cfg: AVConfig) -> tuple[TrainState, Metrics]:
     """One step of cross-entropy on response and end-of-turn tokens (an `av_sft` batch), the mean over them."""
     batch = guarded(batch, cfg.norms)

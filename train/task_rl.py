@@ -16,19 +16,22 @@ from nla_jax.errors import InputError, SidecarError
 from nla_jax.extract_run import weights_fingerprint
 from nla_jax.loader import Loader, make_loader
 from nla_jax.metrics import constant_floor
+from nla_jax.models.sharding import under
 from nla_jax.paraphrase import Paraphraser
+from nla_jax.processes import of_all
 from nla_jax.providers import open_provider
 from nla_jax.reconstructor import ARParams
 from nla_jax.train import evaluate, roles
 from nla_jax.train.joint_loader import JointLoader
+from nla_jax.train.layout import make_layout
 from nla_jax.train.rl import (
-    Judged,
     RLConfig,
-    decode_layout,
+    frozen,
     judge,
     policy_batch,
     policy_step,
     reference_logprobs,
+    regression_batch,
     rollout,
     step_keys,
 )
@@ -36,7 +39,7 @@ from nla_jax.train.settings import RLSettings
 from nla_jax.train.state import Metrics, TrainState, create
 from nla_jax.train.steps import ar_step
 from nla_jax.train.task_sft import step_config
-from nla_jax.train.texts import Texts, ar_prompts, ar_width, decode_texts, make_reader
+from nla_jax.train.texts import Texts, ar_prompts, ar_width, decode_texts, make_reader, widened
 from nla_jax.transforms import apply
 
 _EVAL_SEED = 0x5EED  # evaluation samples are the same draws whatever the run's seed
@@ -58,6 +61,11 @@ class RLTask:
 
     def __init__(self, settings: RLSettings):
         self.settings = settings
+        self.layout = make_layout(settings.mesh)
+        n = settings.batch_size * settings.samples
+        self.layout.spread(n, settings.accumulate, "config.rl.batch_size x samples")
+        # The samples that this process decodes, tokenizes and parses.
+        self.rows = self.layout.rows(n)
         self.build = open_build(settings.store)
         self.av = roles.from_checkpoint("av", settings.av, self.build)
         self.ar = roles.from_checkpoint("ar", settings.ar, self.build)
@@ -81,6 +89,7 @@ class RLTask:
         self.variance = self.build.variance_nrm
         self.width = ar_width(self.ar.tokenizer, self.ar.sidecar, settings.max_new_tokens)
         self.held = self._held_out()
+        self._teachers: dict[str, int] = {}  # rows of the replayed batches
         self._loader = self._loaders()
         self._reference: Any = None
         self._paraphraser: Paraphraser | None = None
@@ -106,7 +115,8 @@ class RLTask:
             raise InputError(
                 "config.rl.batch_size", expected=f"at most {len(rows)}, the rows of the set", got=s.batch_size
             )
-        loaders = {"rl": make_loader(self.build.store, rows, kind="rl", batch_size=s.batch_size, **common)}
+        share = self.layout.rows(s.batch_size)
+        loaders = {"rl": make_loader(self.build.store, rows, kind="rl", batch_size=s.batch_size, share=share, **common)}
         longest = (self.width + 63) // 64 * 64 + 64
         if s.replay_ar:
             n = s.batch_size * s.samples * s.replay_ar / (1 - s.replay_ar)
@@ -118,13 +128,14 @@ class RLTask:
     def _teacher_pairs(self, role: str, n: float, longest: int, common: dict[str, Any]) -> Loader:
         """About `n` pairs a step: as many as there are at most, and a multiple of the micro-batches."""
         rows, parts = self.build.rows(f"{role}_sft"), self.settings.accumulate
-        size = max(min(round(n / parts), len(rows) // parts), 1) * parts
+        size = self._teachers[role] = max(min(round(n / parts), len(rows) // parts), 1) * parts
         who = self.ar if role == "ar" else self.av
         return make_loader(
             self.build.store,
             rows,
             kind=f"{role}_sft",
             batch_size=size,
+            share=self.layout.rows(size),
             tokenizer=who.tokenizer,
             sidecar=who.sidecar,
             buckets=(longest,),
@@ -133,41 +144,51 @@ class RLTask:
 
     def init(self) -> JointState:
         s = self.settings
-        av = self.av.load(s.param_dtype)
+        av = self.av.load(s.param_dtype, self.layout)
         # A copy: the policy's buffers are donated at every update, the reference's must stay.
-        self._reference = decode_layout(roles.copy_of(av), cfg=self.cfg.av)
-        return JointState(av=create(av, s.av_optim), ar=create(self.ar.load(s.param_dtype), s.ar_optim))
+        self._reference = frozen(roles.copy_of(av), cfg=self.cfg.av)
+        ar = self.ar.load(s.param_dtype, self.layout)
+        return JointState(av=create(av, s.av_optim), ar=create(ar, s.ar_optim))
 
     def loader(self) -> JointLoader:
         return self._loader
 
     def step(self, state: JointState, batch: dict[str, Any], number: int) -> tuple[JointState, Metrics]:
+        with under(self.layout.mesh):
+            return self._step(state, batch, number)
+
+    def _step(self, state: JointState, batch: dict[str, Any], number: int) -> tuple[JointState, Metrics]:
         s, cfg = self.settings, self.cfg
-        vectors = jax.device_put(batch["rl"]["vectors"])
-        keys = step_keys(np.uint32(s.seed), np.uint32(number), rows=len(batch["rl"]["vectors"]), samples=s.samples)
+        of_rows = self.layout.put({name: batch["rl"][name] for name in ("vectors", "valid")}, s.batch_size)
+        vectors = of_rows["vectors"]
+        keys = step_keys(np.uint32(s.seed), np.uint32(number), rows=s.batch_size, samples=s.samples)
         samples = rollout(state.av.params, vectors, keys, cfg=cfg)
         reference = reference_logprobs(*self._reference, samples, vectors, cfg=cfg)  # runs while the host parses
-        found = decode_texts(samples, self.av.tokenizer)
+        found = decode_texts(samples, self.av.tokenizer, self.layout.local)
         texts = self._transformed(found.texts, number)
-        ar_batch = self._ar_batch(texts, found, batch, vectors)
+        ar_batch = {**self._ar_batch(texts, found), **of_rows}
         penalty, claim_metrics = self._penalties(state.ar.params, texts, found, batch["rl"]["vectors"])
-        judged = judge(state.ar.params, ar_batch, jax.device_put(penalty), cfg=cfg)
+        judged = judge(state.ar.params, ar_batch, self.layout.put(penalty, len(samples.tokens)), cfg=cfg)
+        lengths = of_all({"sum": found.lengths.sum(), "n": len(found.lengths)})
         metrics: Metrics = {
             **judged.metrics,
             **claim_metrics,
             "fve_nrm": 1.0 - judged.metrics["mse_nrm"] / self.variance,
-            "length": jnp.asarray(found.lengths.mean(), jnp.float32),
+            "length": jnp.asarray(lengths["sum"].sum() / lengths["n"].sum(), jnp.float32),
         }
         av, ar = state.av, state.ar
         if s.train_av:
-            replay = _on_device(batch["av"]) if "av" in batch else None
+            replay = self._on_devices("av", batch["av"]) if "av" in batch else None
             rows = policy_batch(samples, vectors, judged, reference, cfg.av.norms)
             av, of_av = policy_step(av, rows, replay, cfg=cfg)
             skipped = of_av.pop("skipped")
             metrics |= {name if name in _PLAIN else f"av/{name}": value for name, value in of_av.items()}
             metrics["skipped"] = skipped
         if s.train_ar:
-            ar, of_ar = ar_step(ar, self._regression(ar_batch, judged, batch), cfg=cfg.ar)
+            pairs = self._on_devices("ar", batch["ar"]) if "ar" in batch else None
+            multiple = self.layout.shards * s.accumulate if self.layout.shards > 1 else 1
+            rows = regression_batch(ar_batch, pairs, samples=s.samples, multiple=multiple)
+            ar, of_ar = ar_step(ar, rows, cfg=cfg.ar)
             of_ar.pop("bad_vectors")
             metrics["skipped"] = metrics.get("skipped", 0) + of_ar.pop("skipped")
             metrics |= {f"ar/{name}": value for name, value in of_ar.items()}
@@ -178,25 +199,30 @@ class RLTask:
 
         The samples of one activation share every draw: whether one of them lost its quotes must not decide which of
         them was the best."""
-        s = self.settings
+        s, group = self.settings, self.rows // self.settings.samples
         if self._paraphraser is not None:
-            share = np.random.default_rng([s.seed, number]).random(len(texts) // s.samples)
-            chosen = np.flatnonzero(np.repeat(share < s.paraphrase, s.samples))
+            share = np.random.default_rng([s.seed, number]).random(s.batch_size)
+            chosen = np.flatnonzero(share[group] < s.paraphrase)
             texts = list(texts)
             for i, text in zip(chosen, self._paraphraser.apply_many([texts[i] for i in chosen]), strict=True):
                 texts[i] = text
         if not s.transforms:
             return texts
-        groups = (np.random.default_rng([s.seed, number, i // s.samples]) for i in range(len(texts)))
-        return [apply(text, s.transforms, rng) for text, rng in zip(texts, groups, strict=True)]
+        draws = (np.random.default_rng([s.seed, number, int(i)]) for i in group)
+        return [apply(text, s.transforms, rng) for text, rng in zip(texts, draws, strict=True)]
 
-    def _ar_batch(
-        self, texts: list[str], found: Texts, batch: dict[str, Any], vectors: jax.Array
-    ) -> dict[str, jax.Array]:
+    def _ar_batch(self, texts: list[str], found: Texts) -> dict[str, jax.Array]:
         readable = ["" if bad else text for text, bad in zip(texts, found.failed, strict=True)]
         tokens, lengths = ar_prompts(readable, self.ar.tokenizer, self.ar.sidecar, self.width)
-        given = {"tokens": tokens, "lengths": lengths, "failed": found.failed, "valid": batch["rl"]["valid"]}
-        return {**jax.device_put(given), "vectors": vectors}
+        if jax.process_count() > 1:
+            tokens = widened(tokens, self.ar.tokenizer.pad_id or 0, of_all({"": tokens.shape[1]})[""].max())
+        given = {"tokens": tokens, "lengths": lengths, "failed": found.failed}
+        return self.layout.put(given, self.settings.batch_size * self.settings.samples)
+
+    def _on_devices(self, role: str, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A replayed batch."""
+        given = {name: value for name, value in batch.items() if name not in ("row", "doc")}
+        return self.layout.put(given, self._teachers[role])
 
     def _penalties(
         self, ar: ARParams, texts: list[str], found: Texts, vectors: np.ndarray
@@ -206,35 +232,24 @@ class RLTask:
         none = np.zeros(len(texts), np.float32)
         if not s.claim_penalty:
             return none, {}
-        read = self._reader(ar)
-        shares = claims.idle_shares(
-            texts, found.failed, np.repeat(vectors, s.samples, axis=0), read, self.ar.mse_scale, s.claim_threshold
-        )
-        idle = float(shares[~found.failed].mean()) if (~found.failed).any() else 0.0
+        called = []
+        read_own = self._reader(ar, own=True)
+
+        def read(texts: list[str]) -> np.ndarray:
+            called.append(True)
+            return read_own(texts)
+
+        # The vectors here are those of this process's activations, of which its samples may need a part.
+        held = np.searchsorted(self.layout.rows(s.batch_size), self.rows // s.samples)
+        shares = claims.idle_shares(texts, found.failed, vectors[held], read, self.ar.mse_scale, s.claim_threshold)
+        if not called:  # the other processes may have claims to read
+            read_own([])
+        good = shares[~found.failed]
+        told = of_all({"sum": good.mean() * len(good) if len(good) else 0.0, "n": len(good)})
+        idle = told["sum"].sum() / max(told["n"].sum(), 1)
         return (s.claim_penalty * shares).astype(np.float32), {"idle_claims": jnp.asarray(idle, jnp.float32)}
 
-    def _regression(
-        self, ar_batch: dict[str, jax.Array], judged: Judged, batch: dict[str, Any]
-    ) -> dict[str, jax.Array]:
-        """The AR's batch: the rollout's successful samples, and replayed teacher pairs."""
-        G = self.settings.samples
-        rows = {
-            "tokens": ar_batch["tokens"],
-            "lengths": ar_batch["lengths"],
-            "vectors": jnp.repeat(ar_batch["vectors"], G, axis=0),
-            "valid": jnp.repeat(ar_batch["valid"], G),
-            "weight": 1.0 - ar_batch["failed"].astype(jnp.float32),
-        }
-        if "ar" not in batch:
-            return rows
-        teacher = _on_device(batch["ar"])
-        teacher["weight"] = jnp.ones(teacher["valid"].shape)
-        width = max(rows["tokens"].shape[1], teacher["tokens"].shape[1])
-        for part in (rows, teacher):
-            part["tokens"] = jnp.pad(part["tokens"], ((0, 0), (0, width - part["tokens"].shape[1])))
-        return {name: jnp.concatenate([rows[name], teacher[name]]) for name in rows}
-
-    def _reader(self, ar: ARParams) -> evaluate.Read:
+    def _reader(self, ar: ARParams, own: bool = False) -> evaluate.Read:
         size = self.settings.batch_size * self.settings.samples
         return make_reader(
             ar,
@@ -244,6 +259,8 @@ class RLTask:
             batch_size=size,
             width=self.width,
             compute_dtype=self.settings.compute_dtype,
+            layout=self.layout,
+            own=own,
         )
 
     def evaluate(self, state: JointState, number: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -288,10 +305,10 @@ class RLTask:
             some = vectors[first : first + size]
             full = np.concatenate([some, np.repeat(some[:1], size - len(some), axis=0)])
             number = np.uint32(first // size * 1000 + sample)
-            keys = step_keys(np.uint32(_EVAL_SEED), number, rows=size, samples=1)
-            found = decode_texts(
-                rollout(av, jax.device_put(full), keys, cfg=self.cfg, temperature=temperature), self.av.tokenizer
-            )
+            with under(self.layout.mesh):
+                keys = step_keys(np.uint32(_EVAL_SEED), number, rows=size, samples=1)
+                drawn = rollout(av, self.layout.put_whole(full), keys, cfg=self.cfg, temperature=temperature)
+            found = decode_texts(drawn, self.av.tokenizer, self.layout.whole)
             n = len(some)
             parts.append(Texts(found.texts[:n], found.failed[:n], found.lengths[:n]))
         return Texts(
@@ -318,7 +335,3 @@ class RLTask:
 
 
 _PLAIN = ("kl", "entropy", "clipped", "ratio_error", "length")
-
-
-def _on_device(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return jax.device_put({name: value for name, value in batch.items() if name not in ("row", "doc")})

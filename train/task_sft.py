@@ -13,10 +13,13 @@ import numpy as np
 
 from nla_jax.build import Build, open_build
 from nla_jax.errors import InputError
+from nla_jax.evals.controls import other_documents
 from nla_jax.loader import Loader, make_loader
+from nla_jax.models.sharding import on_its_mesh, replicated
 from nla_jax.store import Store
 from nla_jax.train import evaluate, roles
 from nla_jax.train.evaluate import HeldOut
+from nla_jax.train.layout import make_layout
 from nla_jax.train.settings import OptimizerSettings, RLSettings, SFTSettings
 from nla_jax.train.state import Metrics, TrainState, cast, create
 from nla_jax.train.steps import (
@@ -60,6 +63,8 @@ class SFTTask:
         if settings.transforms and settings.pack:
             raise InputError("transforms", expected="none where pack is set", got=settings.transforms, fix="pack=False")
         self.name = settings.stage
+        self.layout = make_layout(settings.mesh)
+        self.layout.spread(settings.batch_size, settings.accumulate, f"config.{self.name}.batch_size")
         self.build = open_build(settings.store)
         self.role = self._role(settings)
         self._loader = make_loader(
@@ -67,6 +72,7 @@ class SFTTask:
             self.build.rows(f"{self.name}_sft"),
             kind=f"{self.name}_sft",
             batch_size=settings.batch_size,
+            share=self.layout.rows(settings.batch_size),
             tokenizer=self.role.tokenizer,
             sidecar=self.role.sidecar,
             seed=settings.seed,
@@ -92,7 +98,7 @@ class SFTTask:
         return evaluate.held_out(self.build, settings.eval_store, settings.eval_rows, explained=True)
 
     def init(self) -> TrainState:
-        return create(self.role.load(self.settings.param_dtype), self.settings.optim)
+        return create(self.role.load(self.settings.param_dtype, self.layout), self.settings.optim)
 
     def loader(self) -> Loader:
         return self._loader
@@ -100,7 +106,8 @@ class SFTTask:
     def step(self, state: TrainState, batch: dict[str, np.ndarray], number: int) -> tuple[TrainState, Metrics]:
         if self.settings.transforms:
             batch = self._transformed(batch, number)
-        on_device = jax.device_put({k: v for k, v in batch.items() if k not in ("row", "doc")})
+        given = {k: v for k, v in batch.items() if k not in ("row", "doc")}
+        on_device = self.layout.put(given, self.settings.batch_size)
         if self.name == "ar":
             state, metrics = ar_step(state, on_device, cfg=self.cfg)
             return state, {**metrics, "fve_nrm": 1.0 - metrics["loss"] / self.build.variance_nrm}
@@ -109,8 +116,9 @@ class SFTTask:
     def _transformed(self, batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
         """The AR's texts changed anew at every step; the others of the batch as they are."""
         texts = self.build.store.explanations(np.maximum(batch["row"], 0))
-        rng = np.random.default_rng([self.settings.seed, number])
-        changed = [apply(text or "", self.settings.transforms, rng) for text in texts]
+        rows = self.layout.rows(self.settings.batch_size)
+        draws = (np.random.default_rng([self.settings.seed, number, int(i)]) for i in rows)
+        changed = [apply(text or "", self.settings.transforms, rng) for text, rng in zip(texts, draws, strict=True)]
         width = batch["tokens"].shape[1]  # the bucket's, so that no other shapes are compiled
         tokens, lengths = ar_prompts(changed, self.role.tokenizer, self.role.sidecar, width)
         return {**batch, "tokens": tokens, "lengths": lengths}
@@ -131,6 +139,7 @@ class SFTTask:
             batch_size=size,
             width=width,
             compute_dtype=self.settings.compute_dtype,
+            layout=self.layout,
         )
         texts = [text or "" for text in held.teacher]
         none = np.zeros(len(texts), bool)
@@ -142,23 +151,24 @@ class SFTTask:
     def _evaluate_av(self, state: TrainState, held: HeldOut) -> dict[str, float]:
         """Cross-entropy of held-out teacher texts given their own vectors, and given those of other documents."""
         settings = self.settings
-        other = evaluate.other_documents(held.docs)
+        other = other_documents(held.docs)
         sums = np.zeros(3)
         batches = make_loader(
             self.build.store if settings.eval_store is None else Store.open(settings.eval_store),
             held.rows,
             kind="av_sft",
-            batch_size=min(settings.batch_size, len(held)),
+            batch_size=min(settings.batch_size, -(-len(held) // self.layout.shards) * self.layout.shards),
             tokenizer=self.role.tokenizer,
             sidecar=self.role.sidecar,
             buckets=settings.buckets,
             epochs=1,
         )
-        prefix = jax.jit(prefix_fn(self.cfg))(state.params)  # type: ignore[arg-type]
+        prefix = on_its_mesh(jax.jit(prefix_fn(self.cfg)))(state.params)  # type: ignore[arg-type]
         for batch in batches:
             at = np.searchsorted(held.rows, np.maximum(batch["row"], held.rows[0]))
             swapped = held.vectors[other[at]]
             batch = {k: v for k, v in batch.items() if k not in ("row", "doc")}
+            batch, swapped = self.layout.put_whole((batch, swapped))
             sums += np.asarray(_av_losses(state.params, prefix, batch, swapped, cfg=self.cfg))
         loss, shuffled = sums[0] / sums[2], sums[1] / sums[2]
         if (held.docs[other] == held.docs).any():  # too few documents for a control
@@ -192,7 +202,7 @@ def _losses(params: Any, prefix: Any, batch: Any, swapped: jax.Array, cfg: AVCon
     own, other = (
         -_sum_where(mask, av_logprobs(params, prefix, b, cfg)) for b in (batch, {**batch, "vectors": swapped})
     )
-    return jnp.stack([own, other, jnp.sum(mask).astype(jnp.float32)])
+    return replicated(jnp.stack([own, other, jnp.sum(mask).astype(jnp.float32)]))
 
 
-_av_losses = jax.jit(_losses, static_argnames=("cfg",))
+_av_losses = on_its_mesh(jax.jit(_losses, static_argnames=("cfg",)))
