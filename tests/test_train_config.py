@@ -38,7 +38,8 @@ PAIRS = {
     "gemma3_27b_l41": ("Gemma-3-27B-IT L41", 1.41e-5),
     "llama3_3_70b_l53": ("Llama-3.3-70B-Instruct L53", 5e-6),
 }
-FILES = sorted(p for p in Path(configs.__path__[0]).glob("*.py") if p.stem not in ("__init__", "released", "chips", "architectures"))
+DATA = ("__init__", "released", "chips", "architectures")
+FILES = sorted(p for p in Path(configs.__path__[0]).glob("*.py") if p.stem not in DATA)
 STAGES = [(name, stage) for name in PAIRS for stage in ("ar", "av", "rl")]
 STAGES += [(name, stage) for name in ("tiny", "demo") for stage in SECTIONS]
 TEXTS = [("lm.corpus", "docs.jsonl"), ("lm.tokenizer", "tok")]
