@@ -110,15 +110,15 @@ def load_adapters(path: str | Path, cfg: ModelConfig, dtype: Any = jnp.float32) 
             rows = []
             for layer in range(shape[0]):
                 at = (target, side, layer)
-                tensor = found.pop(at) if at in found else None
-                if tensor is None or tensor.shape != shape[1:]:
+                stored = found.pop(at) if at in found else None
+                if stored is None or stored.shape != shape[1:]:
                     raise CheckpointError(
                         f"{folder / WEIGHTS}: layers.{layer} {target} lora_{side}",
                         expected=f"shape {list(shape[1:])[::-1]}",
-                        got="no such tensor" if tensor is None else list(tensor.shape[::-1]),
+                        got="no such tensor" if stored is None else list(stored.shape[::-1]),
                         fix="adapters of the same base model, with as many blocks",
                     )
-                rows.append(tensor)
+                rows.append(stored)
             sides.append(jnp.asarray(np.stack(rows), dtype))
         out[TARGETS[target]] = LowRank(*sides)
     if found:
