@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from nla_jax import host_memory
 from nla_jax.xla_cache import machine
 
 REPO = Path(__file__).resolve().parent.parent
@@ -25,6 +28,22 @@ import jax  # noqa: E402  (after the environment it reads)
 # tests a process each. A missing axis that broadcasting would hide is an error here.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# What `nla train` asks of malloc cannot be taken back, and this process does more than train.
+host_memory.keep_freed_memory = lambda: False
+
+# A compiled program keeps its memory mappings for as long as JAX knows it. Linux grants a process 65530 of them, and
+# XLA crashes past that.
+_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings() -> Iterator[None]:
+    """Forgets compiled programs between test files where there are many."""
+    yield
+    mapped = Path("/proc/self/maps")
+    if mapped.exists() and mapped.read_bytes().count(b"\n") > _MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
