@@ -29,6 +29,7 @@ COMMANDS = {
     "doctor": ("nla_jax.tools.doctor", "Check model directories against each other."),
     "teach": ("nla_jax.tools.teach", "Write warm-start explanations for the rows of a store."),
     "build": ("nla_jax.tools.build", "Make the training sets of a store."),
+    "plan": ("nla_jax.tools.plan", "Say whether a run fits on a slice, and how fast it can be."),
     "train": ("nla_jax.tools.train", "Train the AR, the AV, or both jointly, as a config says."),
     "eval": ("nla_jax.tools.eval", "Measure a pair: every number with interval and controls."),
     "card": ("nla_jax.tools.card", "Write a pair's model card from its evaluation."),

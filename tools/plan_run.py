@@ -1,0 +1,258 @@
+"""What `nla plan` does with a stage: its settings on slices, compiled or counted, and what to change."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nla_jax.errors import InputError
+from nla_jax.tools.options import note
+
+if TYPE_CHECKING:
+    from nla_jax.train.plan import Report
+    from nla_jax.train.plan_programs import Model
+    from nla_jax.train.plan_search import Change
+    from nla_jax.train.plan_slices import Slice
+
+# Settings that change no program.
+_ELSEWHERE = (
+    *("out", "seed", "log_every", "eval_every", "save_every", "keep_last", "target", "store", "av", "ar", "init"),
+    *("eval_rows", "eval_store", "eval_samples", "paraphrase", "paraphraser", "paraphraser_url", "transforms"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    config: Any
+    model: Model
+    cache: bool
+    document_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A stage on a slice: what was found, the flags to type for it, `steps` and `epochs` of the whole run (0 steps: as
+    many as the pairs are), why nothing was compiled where it was not, and what to change where it does not fit."""
+
+    slice: Slice
+    report: Report
+    flags: list[str]
+    steps: int
+    epochs: int
+    why: str | None
+    advice: str | None
+
+
+def plan_stage(run: Run, stage: str, slices: list[Slice], search: bool) -> Result:
+    """One stage on the first of `slices` that it fits on, or on the last."""
+    for one in slices[:-1]:
+        found = _searched(run, stage, one)
+        if found is not None:
+            return found
+    found = _searched(run, stage, slices[-1]) if search else None
+    return _as_given(run, stage, slices[-1]) if found is None else found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trial:
+    """A stage on a slice under changed settings."""
+
+    run: Run
+    stage: str
+    slice: Slice
+    why: str | None
+    devices: list[Any]
+
+    def built(self, change: Change) -> tuple[Any, Any]:
+        return _stage(self.run, self.stage, change, self.devices)
+
+    def least(self, change: Change) -> float:
+        from nla_jax.train.plan import least_bytes
+
+        return least_bytes(self.built(change)[0])
+
+    def attempt(self, change: Change, whole: bool = False) -> Report:
+        """Compiles what needs the most first, and stops at what does not fit unless `whole`."""
+        from nla_jax.train.plan import row_of, summary
+
+        programs, place = self.built(change)
+        compiler = None if self.why is not None else _compiler(self.run, self.stage, self.slice, change)
+        rows = {}
+        for program in sorted(programs.programs, key=lambda p: p.name not in _HEAVY):
+            row = rows[program.name] = row_of(program, programs, place, self.slice.chip, compiler)
+            if not whole and (row.refused or row.total > self.slice.chip.hbm):
+                break
+        kept = [rows[p.name] for p in programs.programs if p.name in rows]
+        return summary(programs, place, self.slice.chip, kept, compiler is None)
+
+    def result(self, report: Report, **more: Any) -> Result:
+        given: dict[str, Any] = {"flags": [], "why": self.why, "advice": None, **more}
+        settings = None if self.stage == "extract" else _settings(self.run, self.stage)
+        given |= {"steps": getattr(settings, "steps", 0), "epochs": getattr(settings, "epochs", None) or 1}
+        return Result(self.slice, report, **given)
+
+
+def _trial(run: Run, stage: str, one: Slice) -> _Trial:
+    from nla_jax.train.plan_slices import devices_of, why_not
+
+    why = why_not(one)
+    if why is not None and one.chip.tpu:
+        raise InputError(why)
+    return _Trial(run, stage, one, why, devices_of(one) if why is None else _stand_ins(one.chips))
+
+
+def _searched(run: Run, stage: str, one: Slice) -> Result | None:
+    from nla_jax.train.plan_search import search
+
+    trial, given, rows = _trial(run, stage, one), _given(run, stage), _rows(run, stage)
+
+    def tell(change: Change, why: str) -> None:
+        what = f"{_mesh_words(change.mesh.shape(one.chips))}, accumulate {change.accumulate}"
+        note(f"{one.name}, {what}{', remat' if change.remat else ''}: {why}")
+
+    hbm = one.chip.hbm
+    found = search(given, one.chips, rows, trial.least, trial.attempt, hbm, tell, _most(stage))
+    if found is None:
+        return None
+    change, report = found
+    return trial.result(report, flags=_flags(stage, change, given))
+
+
+def _as_given(run: Run, stage: str, one: Slice) -> Result:
+    """As the config says; what to change where that does not fit."""
+    from nla_jax.train.plan import report as count
+
+    trial, given = _trial(run, stage, one), _given(run, stage)
+    if trial.least(given) > one.chip.hbm and trial.why is None:
+        programs, place = trial.built(given)
+        why = "nothing was compiled: what the stage must hold is more than a chip has"
+        found, more = count(programs, place, one.chip, None), {"why": why}
+    else:
+        found, more = trial.attempt(given, whole=True), {}
+    if not found.fits:
+        more["advice"] = _advice(stage, given, one, _rows(run, stage), trial.least)
+    return trial.result(found, **more)
+
+
+_HEAVY = ("AV update", "decode", "KL reference", "re-layout", "prefill")
+
+
+def _stand_ins(chips: int) -> list[Any]:
+    """Devices for arithmetic alone: a mesh needs some, and only counts them."""
+    import jax
+
+    here = jax.devices()
+    if len(here) < chips:
+        raise InputError("JAX_NUM_CPU_DEVICES", expected=f"{chips} or more", got=len(here), fix="unsetting it")
+    return list(here[:chips])
+
+
+def _given(run: Run, stage: str) -> Change:
+    from nla_jax.models.sharding import MeshSettings
+    from nla_jax.train.plan_search import Change
+
+    if stage == "extract":  # its own options, not the config's
+        return Change(True, 1, MeshSettings())
+    settings = _settings(run, stage)
+    return Change(settings.remat, settings.accumulate, settings.mesh)
+
+
+def _settings(run: Run, stage: str) -> Any:
+    from nla_jax.train.settings import from_config
+
+    return from_config(run.config, stage)
+
+
+def _rows(run: Run, stage: str) -> int:
+    if stage == "extract":
+        return 2**20  # any number of documents
+    settings = _settings(run, stage)
+    return int(settings.batch_size * getattr(settings, "samples", 1))
+
+
+def _most(stage: str) -> int:
+    """Micro-batches that may be tried."""
+    return 1 if stage == "extract" else 64
+
+
+def _stage(run: Run, stage: str, change: Change, devices: list[Any]) -> tuple[Any, Any]:
+    from nla_jax.train.plan_programs import extraction, joint_rl, make_place, warm_start
+
+    place = make_place(change.mesh, devices)
+    if stage == "extract":
+        length = run.document_tokens
+        options: dict[str, Any] = {"batch_tokens": 2048, "length": length, "per_document": min(10, length)}
+        return extraction(run.model, place, dtype="bfloat16", **options), place
+    settings = dataclasses.replace(
+        _settings(run, stage), remat=change.remat, accumulate=change.accumulate, mesh=change.mesh
+    )
+    return (joint_rl if stage == "rl" else warm_start)(settings, run.model, place), place
+
+
+def _compiler(run: Run, stage: str, one: Slice, change: Change) -> Any:
+    from nla_jax.train.plan import Compiler
+
+    settings = {} if stage == "extract" else _settings(run, stage).to_dict()
+    kept = {name: value for name, value in settings.items() if name not in _ELSEWHERE}
+    key = [repr(run.model), kept, run.document_tokens, one.name, repr(change), versions(), _sources()]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = home / "nla_jax" / "plan" if run.cache else None
+
+    def compiling(name: str) -> None:
+        note(f"compiling {name} for {one.name}, {_mesh_words(change.mesh.shape(one.chips))}")
+
+    return Compiler(json.dumps(key, sort_keys=True), directory, compiling)
+
+
+def versions() -> list[str]:
+    out = []
+    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+        try:
+            out.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            out.append(f"no {name}")
+    return out
+
+
+def _sources() -> str:
+    """Names the code that the programs are made of: a change of it is another program."""
+    import nla_jax
+    from nla_jax import models, train
+
+    digest = hashlib.sha256()
+    for package in (models, nla_jax, train):
+        for path in sorted(Path(str(package.__file__)).parent.glob("*.py")):
+            if path.stem.startswith("plan") and path.stem not in ("plan_programs", "plan_hlo"):
+                continue  # looks at programs, and makes none
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _flags(stage: str, change: Change, given: Change) -> list[str]:
+    flags = change.flags(stage, given)
+    if stage != "extract":
+        return flags
+    return [f"--{name} {getattr(change.mesh, name)}" for name in ("fsdp", "tensor") if getattr(change.mesh, name) > 1]
+
+
+def _mesh_words(shape: tuple[int, int, int]) -> str:
+    return "data {} x fsdp {} x tensor {}".format(*shape)
+
+
+def _advice(stage: str, given: Change, one: Slice, rows: int, least: Any) -> str:
+    """The first change that arithmetic does not rule out."""
+    from nla_jax.errors import NLAError
+    from nla_jax.train.plan_search import changes
+
+    for change in changes(given, one.chips, rows, _most(stage)):
+        try:
+            if change != given and least(change) <= one.chip.hbm:
+                return f"{' '.join(_flags(stage, change, given))} may fit; --search finds out"
+        except NLAError:
+            continue
+    return f"no mesh of {one.chips} chips holds it: a larger slice"

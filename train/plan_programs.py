@@ -1,0 +1,407 @@
+"""The programs that a stage runs, ready to be lowered from shapes alone: those of training itself, on their shardings.
+
+Nothing is allocated: parameters, states and batches are `jax.ShapeDtypeStruct`s with the shardings that training gives
+them. A program whose arguments are another one's results takes their shapes and shardings from that one's compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from nla_jax import extract, verbalizer
+from nla_jax.models import sharding
+from nla_jax.models.config import ModelConfig
+from nla_jax.models.params import ParamSpec, map_specs, n_params, param_specs
+from nla_jax.models.sampler import Samples, decode
+from nla_jax.models.sharding import RULES, MeshSettings, make_mesh, on_its_mesh, row_shards
+from nla_jax.prompt import AVPrompt
+from nla_jax.reconstructor import ARParams
+from nla_jax.train import rl, steps
+from nla_jax.train.optimizer import make_optimizer
+from nla_jax.train.plan_work import Lengths, Split, Work, cache_bytes, decoding, kept_bytes, reading, training
+from nla_jax.train.settings import OptimizerSettings, RLSettings, SFTSettings
+from nla_jax.train.state import TrainState, cast, state_shardings
+
+_STOP_IDS = (0, 1)  # which ids they are changes no program
+_AR_STEP = 8  # AR prompts are padded to a multiple of this (train/texts.py)
+_WIDTHS = {"float32": 4, "bfloat16": 2}
+
+Outputs = dict[str, Any]  # of programs that ran before: their results' shapes with shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What is planned for: the target's config, the layer that is explained, and tokens of prompts and responses."""
+
+    cfg: ModelConfig
+    layer: int
+    lengths: Lengths
+    injection_scale: float = 1.0
+
+    @property
+    def trunk(self) -> ModelConfig:
+        return self.cfg.truncated(self.layer + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One jitted program of a stage.
+
+    `lower(outputs)` gives what `jax.jit(...).lower` does; `after` names the programs whose results it needs. `given`
+    are what of the stage's residents is among its arguments: the rest lies beside it in memory, or `beside` where that
+    is known to be less. `least`: bytes of a chip that it cannot do without, besides its arguments. `once`: it does not
+    run in every step, and so costs memory only."""
+
+    name: str
+    lower: Callable[[Outputs], Any]
+    work: Work
+    after: tuple[str, ...] = ()
+    given: tuple[Any, ...] = ()
+    least: float = 0.0
+    beside: tuple[Any, ...] | None = None
+    once: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """The programs of a stage in the order they run, and `residents`: trees that are in memory all the time.
+
+    `rows` are the samples (of extraction: tokens) of a step."""
+
+    name: str
+    programs: tuple[Program, ...]
+    residents: Mapping[str, Any]
+    rows: int
+    compute_dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where arrays lie: on a mesh, or on one device."""
+
+    mesh: Mesh | None
+    device: Any
+
+    @property
+    def split(self) -> Split:
+        if self.mesh is None:
+            return Split()
+        return Split(row_shards(self.mesh), self.mesh.shape["tensor"], self.mesh.size)
+
+    def array(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:
+        at: Any = SingleDeviceSharding(self.device)
+        if self.mesh is not None:
+            at = NamedSharding(self.mesh, PartitionSpec() if spec is None else spec)
+        dtype = dtype if jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.dtype(dtype)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+
+    def rows(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        """Split over its first axis, as `train.layout.Layout.put` does."""
+        return self.array(shape, dtype, None if self.mesh is None else sharding.row_sharding(self.mesh, shape[0]).spec)
+
+    def params(self, specs: Any, cfg: ModelConfig, dtype: str, rules: sharding.Rules = RULES) -> Any:
+        if self.mesh is None:
+            return map_specs(lambda s: self.array(s.shape, dtype), specs)
+        to = sharding.shardings(specs, cfg, self.mesh, rules)
+        return jax.tree.map(
+            lambda s, at: self.array(s.shape, dtype, at.spec), specs, to, is_leaf=lambda x: isinstance(x, ParamSpec)
+        )
+
+    def state(self, params: Any, optim: OptimizerSettings) -> TrainState:
+        """A training state of these parameters, as `train.state.create` makes it."""
+
+        def start(p: Any) -> TrainState:
+            zero = jnp.zeros((), jnp.int32)
+            return TrainState(zero, zero, p, make_optimizer(optim).init(cast(p, jnp.float32)))
+
+        shapes = jax.eval_shape(start, params)
+        if self.mesh is None:
+            return jax.tree.map(lambda x: self.array(x.shape, x.dtype), shapes)
+        return jax.tree.map(
+            lambda x, at: self.array(x.shape, x.dtype, at.spec), shapes, state_shardings(shapes, params)
+        )
+
+    def under(self, call: Callable[[], Any]) -> Any:
+        with sharding.under(self.mesh):
+            return call()
+
+
+def make_place(settings: MeshSettings, devices: list[Any]) -> Place:
+    """InputError where the mesh's axes do not make up the devices."""
+    return Place(make_mesh(settings, devices), devices[0])
+
+
+def av_config(settings: RLSettings | SFTSettings, model: Model, optim: OptimizerSettings) -> steps.AVConfig:
+    lengths = model.lengths
+    prompt = AVPrompt(tuple(range(1, lengths.prompt + 1)), lengths.marker)
+    return steps.AVConfig(
+        **_common(settings, optim), model=model.cfg, prompt=prompt, injection_scale=model.injection_scale
+    )
+
+
+def ar_config(settings: RLSettings | SFTSettings, model: Model, optim: OptimizerSettings) -> steps.ARConfig:
+    return steps.ARConfig(**_common(settings, optim), model=model.trunk, mse_scale=model.cfg.d_model**0.5)
+
+
+def _common(settings: RLSettings | SFTSettings, optim: OptimizerSettings) -> dict[str, Any]:
+    return {
+        "optim": optim,
+        "accumulate": settings.accumulate,
+        "compute_dtype": settings.compute_dtype,
+        "remat": settings.remat,
+        "chunk": settings.logit_chunk,
+        "norms": (0.01, 1e6),
+    }
+
+
+def ar_specs(trunk: ModelConfig) -> ARParams:
+    square = ParamSpec((trunk.d_model,) * 2, ("embed", "reads"))
+    return ARParams(trunk=param_specs(trunk, head=False), head=square)
+
+
+def n_ar_params(trunk: ModelConfig) -> int:
+    return n_params(trunk, head=False) + trunk.d_model**2
+
+
+def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
+    """One step of joint training: rollout, reference, reward, both updates."""
+    s, lengths, split = settings, model.lengths, place.split
+    N, S, R, D = s.batch_size, s.batch_size * s.samples, s.max_new_tokens, model.cfg.d_model
+    width = -(-(lengths.ar_prompt + R) // _AR_STEP) * _AR_STEP
+    bytes_ = _WIDTHS[s.compute_dtype]
+    av, ar = av_config(s, model, s.av_optim), ar_config(s, model, s.ar_optim)
+    cfg = rl.RLConfig(
+        av=av,
+        ar=ar,
+        stop_ids=_STOP_IDS,
+        samples=s.samples,
+        max_new_tokens=R,
+        reward=s.reward,
+        advantage=s.advantage,
+        aggregate=s.aggregate,
+        clip_ratio=s.clip_ratio,
+        kl_coef=s.kl_coef,
+        kl=s.kl,
+        on_policy_ratio=s.on_policy_ratio,
+        replay_av=s.replay_av,
+    )
+    av_params = place.params(param_specs(model.cfg), model.cfg, s.param_dtype)
+    ar_params = place.params(ar_specs(model.trunk), model.trunk, s.param_dtype)
+    av_state, ar_state = place.state(av_params, s.av_optim), place.state(ar_params, s.ar_optim)
+    reference = place.params(param_specs(model.cfg), model.cfg, s.compute_dtype)
+    vectors = place.rows((N, D), "float32")
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), S))
+    keys = place.rows(keys.shape, keys.dtype)
+    ids, reals = place.rows((S, R), "int32"), place.rows((S, R), "float32")
+    counts, flags, scores = (place.rows((S,), d) for d in ("int32", "bool", "float32"))
+    held: Any = Samples  # of shapes instead of arrays
+    samples = held(tokens=ids, logprobs=reals, lengths=counts, stopped=flags)
+
+    def start(out: Outputs) -> Any:
+        params, prefix = out["re-layout"]
+        return verbalizer._start.lower(
+            params,
+            prefix,
+            vectors,
+            prompt=av.prompt,
+            cfg=model.cfg,
+            injection_scale=av.injection_scale,
+            mode=av.mode,
+            samples=s.samples,
+            slots=R,
+        )
+
+    def sample(out: Outputs) -> Any:
+        (params, prefix), (cache, logits) = out["re-layout"], out["prefill"]
+        first, temperature = place.array((), "int32"), place.array((), "float32")
+        options: dict[str, Any] = {"cfg": model.cfg, "stop_ids": _STOP_IDS, "max_new_tokens": R}
+        return decode.lower(params, prefix, cache, first, logits, keys, temperature, **options)
+
+    texts = {"tokens": place.rows((S, width), "int32"), "lengths": counts, "failed": flags}
+    of_rows = {"vectors": vectors, "valid": place.rows((N,), "bool")}
+    policy_rows = {
+        "tokens": ids,
+        "lengths": counts,
+        "sampled": reals,
+        "reference": reals,
+        "advantages": scores,
+        "weight": scores,
+        "vectors": place.rows((S, D), "float32"),
+    }
+    # Replayed teacher pairs, in the longest row that the task gives them.
+    longest = (lengths.ar_prompt + R + 63) // 64 * 64 + 64
+    replay = sft_batch("av", s.batch_size, longest, D, place) if s.replay_av else None
+    pairs = max(round(S * s.replay_ar / (1 - s.replay_ar) / s.accumulate), 1) * s.accumulate if s.replay_ar else 0
+    multiple = split.rows * s.accumulate if split.rows > 1 else 1
+    n_regression = -(-(S + pairs) // multiple) * multiple
+    ar_width = max(width, longest) if pairs else width
+    regression = {**sft_batch("ar", n_regression, ar_width, D, place)}
+    regression["weight"] = place.rows((n_regression,), "float32")
+
+    # What a sample costs, forward: its tail and response but for the last token, after the shared prefix.
+    mean, cap = lengths.tail + lengths.response - 1, lengths.tail + R - 1
+    kv_split = split.tensor if model.cfg.n_kv_heads % split.tensor == 0 else 1
+    of_policy = reading(
+        model.cfg, S, mean, cap, split, bytes_, before=lengths.marker, useful_logits=lengths.response, padded_logits=R
+    )
+    of_prefix = reading(model.cfg, 0, 0, 0, split, bytes_, shared=lengths.marker)
+    of_ar = _with_head(reading(model.trunk, S, lengths.ar_text, width, split, bytes_), D, S)
+    trained = Work(*(a + b for a, b in zip(_plain(of_policy), _plain(of_prefix), strict=True)))
+    wide = _WIDTHS[s.param_dtype]
+    narrow = bytes_ * n_params(model.cfg) / split.tensor
+    copied = Work(of_prefix.useful, of_prefix.computed, wide * n_params(model.cfg) / split.chips + narrow)
+    cache = cache_bytes(model.cfg, S, lengths.tail + R, split, kv_split, bytes_)
+    tokens = S * (lengths.tail + R - 1) / s.accumulate
+    prefilled = reading(
+        model.cfg, N, lengths.tail, lengths.tail, split, bytes_, before=lengths.marker, useful_logits=1, padded_logits=1
+    )
+    programs = (
+        Program(
+            "KL reference",
+            lambda out: rl.frozen.lower(av_params, cfg=av),  # type: ignore[attr-defined]
+            copied,
+            beside=(av_params,),  # it is given a copy, before the other states are made
+            once=True,
+        ),
+        Program(
+            "re-layout",
+            lambda out: rl.decode_layout.lower(av_params, cfg=av),  # type: ignore[attr-defined]
+            copied,
+            given=(av_params,),
+            least=narrow,
+        ),
+        Program(
+            "prefill",
+            lambda out: place.under(lambda: start(out)),
+            prefilled,
+            after=("re-layout",),
+            least=narrow + cache,
+        ),
+        Program(
+            "decode",
+            lambda out: place.under(lambda: sample(out)),
+            decoding(model.cfg, S, lengths, R, split, kv_split, bytes_),
+            after=("re-layout", "prefill"),
+            least=narrow + cache,
+        ),
+        Program(
+            "reference log-probs",
+            lambda out: rl.reference_logprobs.lower(*out["KL reference"], samples, vectors, cfg=cfg),  # type: ignore[attr-defined]
+            of_policy,
+            after=("KL reference",),
+            given=(reference,),
+        ),
+        Program(
+            "reward",
+            lambda out: rl.judge.lower(ar_params, {**texts, **of_rows}, scores, cfg=cfg),  # type: ignore[attr-defined]
+            of_ar,
+            given=(ar_params,),
+        ),
+        Program(
+            "AV update",
+            lambda out: rl.policy_step.lower(av_state, policy_rows, replay, cfg=cfg),  # type: ignore[attr-defined]
+            training(
+                trained,
+                model.cfg,
+                n_params(model.cfg),
+                split,
+                remat=s.remat,
+                logits=float(S * R),
+                parts=s.accumulate,
+            ),
+            given=(av_state,),
+            least=kept_bytes(model.cfg, n_params(model.cfg), tokens, split, bytes_, remat=s.remat),
+        ),
+        Program(
+            "AR update",
+            lambda out: steps.ar_step.lower(ar_state, regression, cfg=ar),  # type: ignore[attr-defined]
+            training(
+                of_ar, model.trunk, n_ar_params(model.trunk), split, remat=s.remat, logits=0.0, parts=s.accumulate
+            ),
+            given=(ar_state,),
+            least=kept_bytes(
+                model.trunk, n_ar_params(model.trunk), S * width / s.accumulate, split, bytes_, remat=s.remat
+            ),
+        ),
+    )
+    residents = {"AV state": av_state, "AR state": ar_state, "KL reference": reference}
+    kept = [p for p in programs if (s.train_av or p.name != "AV update") and (s.train_ar or p.name != "AR update")]
+    return Stage("rl", tuple(kept), residents, S, s.compute_dtype)
+
+
+def warm_start(settings: SFTSettings, model: Model, place: Place) -> Stage:
+    """One supervised step of the AV or the AR, at the length that holds an average sample and at the longest."""
+    s, lengths, split = settings, model.lengths, place.split
+    B, D, bytes_ = s.batch_size, model.cfg.d_model, _WIDTHS[s.compute_dtype]
+    of_av = s.stage == "av"
+    cfg: Any = (av_config if of_av else ar_config)(s, model, s.optim)
+    own = model.cfg if of_av else model.trunk
+    specs = param_specs(own) if of_av else ar_specs(own)
+    state = place.state(place.params(specs, own, s.param_dtype), s.optim)
+    size = n_params(own) if of_av else n_ar_params(own)
+    mean = lengths.tail + lengths.response if of_av else lengths.ar_text
+    typical = next((n for n in s.buckets if n >= mean), s.buckets[-1])
+    step = steps.av_step if of_av else steps.ar_step
+
+    def program(name: str, width: int, once: bool) -> Program:
+        if of_av:
+            read = reading(
+                own, B, mean - 1, width - 1, split, bytes_, before=lengths.marker, shared=lengths.marker,
+                useful_logits=lengths.response, padded_logits=width - lengths.tail,
+            )  # fmt: skip
+        else:
+            read = _with_head(reading(own, B, mean, width, split, bytes_), D, B)
+        logits = float(B * (width - lengths.tail)) if of_av else 0.0
+        work = training(read, own, size, split, remat=s.remat, logits=logits, parts=s.accumulate)
+        batch = sft_batch(s.stage, B, width, D, place)
+        least = kept_bytes(own, size, B * width / s.accumulate, split, bytes_, remat=s.remat)
+        return Program(name, lambda out: step.lower(state, batch, cfg=cfg), work, (), (state,), least, once=once)  # type: ignore[attr-defined]
+
+    label = s.stage.upper()
+    programs = [program(f"{label} step, rows of {typical}", typical, False)]
+    if s.buckets[-1] != typical:
+        programs.append(program(f"{label} step, longest rows ({s.buckets[-1]})", s.buckets[-1], True))
+    return Stage(s.stage, tuple(programs), {"state": state}, B, s.compute_dtype)
+
+
+def extraction(model: Model, place: Place, *, dtype: str, batch_tokens: int, length: int, per_document: int) -> Stage:
+    """One batch of `nla extract`: documents of `length` tokens, `batch_tokens` on each shard of the rows."""
+    trunk, split = model.trunk, place.split
+    rows = max(batch_tokens // length, 1) * split.rows
+    params = place.params(param_specs(trunk, head=False), trunk, dtype)
+    tokens, positions = place.rows((rows, length), "int32"), place.rows((rows, per_document), "int32")
+    gather = on_its_mesh(extract.gather)
+    program = Program(
+        f"extraction, documents of {length}",
+        lambda out: gather.lower(params, tokens, positions, cfg=trunk, layers=(model.layer,)),  # type: ignore[attr-defined]
+        reading(trunk, rows, length, length, split, _WIDTHS[dtype]),
+        given=(params,),
+    )
+    return Stage("extract", (program,), {"target": params}, rows * length, dtype)
+
+
+def sft_batch(kind: str, rows: int, width: int, d_model: int, place: Place) -> dict[str, Any]:
+    """A batch of `nla_jax.loader`, plain rows."""
+    batch = {
+        "tokens": place.rows((rows, width), "int32"),
+        "lengths": place.rows((rows,), "int32"),
+        "vectors": place.rows((rows, d_model), "float32"),
+        "valid": place.rows((rows,), "bool"),
+    }
+    return {**batch, "loss_mask": place.rows((rows, width), "bool")} if kind == "av" else batch
+
+
+def _with_head(work: Work, d_model: int, rows: int) -> Work:
+    """The AR's D x D map on top."""
+    flops = 2.0 * rows * d_model**2
+    return Work(work.useful + flops, work.computed + flops, work.moved)
+
+
+def _plain(work: Work) -> tuple[float, float, float]:
+    return work.useful, work.computed, work.moved
