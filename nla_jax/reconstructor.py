@@ -16,7 +16,7 @@ from flax import struct
 
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.layers import embed, precision_of
-from nla_jax.models.params import Params
+from nla_jax.models.params import Params, ParamSpec, param_specs
 from nla_jax.models.transformer import run_blocks
 
 # Texts are padded to a multiple of this many tokens, so that a handful of shapes serves every batch.
@@ -29,6 +29,11 @@ class ARParams:
 
     trunk: Params
     head: Any
+
+
+def ar_specs(cfg: ModelConfig) -> ARParams:
+    """The declared parameters of an AR whose trunk is of `cfg`, as a tree of `ParamSpec`."""
+    return ARParams(trunk=param_specs(cfg, head=False), head=ParamSpec((cfg.d_model,) * 2, ("embed", "reads")))
 
 
 def init_head(d_model: int, dtype: Any = jnp.float32) -> jax.Array:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page
 from scipy import stats
 
 from nla_jax.errors import InputError
@@ -260,37 +260,6 @@ def test_the_row_for_the_table(made):
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-class Page(HTMLParser):
-    """Tags in order and balanced; the text; every attribute."""
-
-    def __init__(self, source: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.words = ""
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in ("meta", "!doctype"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "title"):
-            self.words += data
-
-
 def test_the_page_asks_for_nothing_and_links_to_what_is_there(made, html):
     parsed = Page(html)
     assert "default-src 'none'" in html and not {"script", "img", "link", "iframe"} & set(parsed.tags)
@@ -325,8 +294,8 @@ def test_the_page_shows_what_was_measured(made, html):
     cards = re.findall(r"<article.*?</article>", html, re.DOTALL)
     assert len(cards) == len(results["examples"]) == 12
     for card, example in zip(cards, results["examples"], strict=True):
-        assert Page(card).words.startswith(example["prefix"] + example["rest"])
-        assert Page(re.findall(r"<mark>.*?</mark>", card)[0]).words == example["prefix"].split()[-1]
+        assert Page(card).text.startswith(example["prefix"] + example["rest"])
+        assert Page(re.findall(r"<mark>.*?</mark>", card)[0]).text == example["prefix"].split()[-1]
 
 
 def test_the_page_of_a_short_run(made, tmp_path):

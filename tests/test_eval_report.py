@@ -6,11 +6,11 @@ import copy
 import json
 import re
 import xml.dom.minidom
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from eval_results import DENOMINATOR, results
+from html_page import Page
 
 from nla_jax.errors import InputError
 from nla_jax.tools.eval_report import estimate, lines, markdown, number, read_results, tables, under
@@ -128,37 +128,6 @@ def test_denominators_that_differ_stand_with_their_rows(found):
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Tags in order and balanced; the text; every attribute."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.words = ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in ("meta", "!doctype"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "title"):
-            self.words += data + "\n"
 
 
 def test_the_page_has_every_number_and_asks_for_nothing(found):

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from eval_cases import LAYER, Planted, found, mini_nla
-from eval_documents import read_documents
+from eval_cases import Planted, found, mini_nla
+from eval_documents import read_documents, whole_passes
 
 from nla_jax.errors import InputError
 from nla_jax.evals import steering
-from nla_jax.evals.patching import load_target
-from nla_jax.models.layers import embed, unembed
-from nla_jax.models.transformer import run_blocks
 from nla_jax.pair import NLA
 
 ALPHAS = (0.0, 1.0, 4.0)
@@ -38,23 +33,7 @@ def result(nla, data):
 
 @pytest.fixture(scope="module")
 def whole(nla):
-    cfg, params = load_target(nla.target)
-
-    @jax.jit
-    def run(tokens, position, vector):
-        def edit(layer, x):
-            here = (layer == LAYER) & (jnp.arange(x.shape[1]) == position)[None, :, None]
-            return jnp.where(here, vector[None, None], x)
-
-        x = run_blocks(params, embed(params, tokens[None], cfg), cfg, edit=edit)[0]
-        return jax.nn.log_softmax(unembed(params, x, cfg))[0]
-
-    def padded(tokens, position, vector):
-        short = np.zeros(72, np.int32)
-        short[: len(tokens)] = tokens
-        return np.asarray(run(short, position, jnp.asarray(vector, jnp.float32)), np.float64)
-
-    return padded
+    return whole_passes(nla)
 
 
 def test_columns_are_those_of_whole_forward_passes(result, data, whole):

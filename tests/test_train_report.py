@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import xml.dom.minidom
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from html_page import Page
 
 from nla_jax.train.report import report_page, write_report
 from nla_jax.train.report_plots import Chart, draw, line
@@ -71,37 +71,6 @@ def run(tmp_path) -> Path:
     written(tmp_path / "demo" / "lm", loss)
     written(tmp_path / "demo" / "ar", [{"step": s, "loss": 1.0, "eval/fve_nrm_teacher": s / 10} for s in (1, 2)])
     return written(tmp_path / "demo" / "rl", rl_rows(), SAMPLES)
-
-
-class Page(HTMLParser):
-    """Tags in order and balanced; the text; every attribute."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.words = ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in ("meta", "!doctype"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "title"):
-            self.words += data + "\n"
 
 
 def test_the_page_has_every_metric_and_asks_for_nothing(run, tmp_path):

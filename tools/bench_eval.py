@@ -21,7 +21,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from nla_jax.tools.bench import (
     peak_flops,
 )
 from nla_jax.tools.bench_train import AR_END, AR_START
-from nla_jax.tools.bench_worker import Worker
+from nla_jax.tools.bench_worker import Worker, take_turns
 
 OURS, TORCH = "nla_jax.tools.bench_eval_ours", "nla_jax.tools.bench_eval_torch"
 PROGRAM = "eval"
@@ -185,23 +184,8 @@ def measure(folder: Path, threads: int, rounds: int, compare: bool) -> dict[str,
         if compare:
             vectors = {side: np.load(check["vectors"]) for side, check in checks.items()}
             row["differences"] = same(checks["ours"], checks["torch"], vectors["ours"], vectors["torch"])
-        for worker in sides.values():
-            worker.ask("seconds")  # whatever is left to compile or allocate
-            worker.ask("reset_peak")
-        times: dict[str, list[list[float]]] = {side: [] for side in sides}
-        for _ in range(rounds):
-            for side, worker in sides.items():
-                times[side].append(worker.ask("seconds"))
-        for side, worker in sides.items():
-            walls, cpus = zip(*times[side], strict=True)
-            row |= {f"{side}_all": walls, f"{side}_s": statistics.median(walls)}
-            row |= {f"{side}_cpu_all": cpus, f"{side}_cpu_s": statistics.median(cpus)}
-            row[f"{side}_memory"] = worker.ask("memory")["peak"] - worker.loaded
-            row[f"{side}_parts"] = worker.ask("parts")
-    if compare:
-        for kind, i in (("ratio", 0), ("cpu_ratio", 1)):
-            pairs = zip(times["ours"], times["torch"], strict=True)
-            row[kind] = statistics.median(theirs[i] / ours[i] for ours, theirs in pairs)
+        row |= take_turns(sides, rounds)
+        row |= {f"{side}_parts": worker.ask("parts") for side, worker in sides.items()}
     return row
 
 

@@ -27,7 +27,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ from nla_jax.tools.bench import (
     hf_config,
     peak_flops,
 )
-from nla_jax.tools.bench_worker import Worker
+from nla_jax.tools.bench_worker import Worker, take_turns
 
 OURS, TORCH = "nla_jax.tools.bench_train_ours", "nla_jax.tools.bench_train_torch"
 # Tokens of the AR's template before and after the explanation, in the released Qwen pair.
@@ -286,25 +285,9 @@ def measure(name: str, folder: Path, threads: int, rounds: int, compare: bool, p
         row["check"] = {side: worker.ask("check") for side, worker in sides.items()}
         if compare:
             row["differences"] = _same(name, row["check"]["ours"], row["check"]["torch"])
-        for worker in sides.values():
-            worker.ask("seconds")  # whatever is left to compile or allocate
-            worker.ask("reset_peak")
-        times: dict[str, list[list[float]]] = {side: [] for side in sides}
-        for _ in range(rounds):
-            for side, worker in sides.items():
-                times[side].append(worker.ask("seconds"))
-        for side, worker in sides.items():
-            walls, cpus = zip(*times[side], strict=True)
-            row |= {f"{side}_all": walls, f"{side}_s": statistics.median(walls)}
-            row |= {f"{side}_cpu_all": cpus, f"{side}_cpu_s": statistics.median(cpus)}
-            row[f"{side}_memory"] = worker.ask("memory")["peak"] - worker.loaded
-            row[f"{side}_loaded"] = worker.loaded
-            if parts:
-                row[f"{side}_parts"] = worker.ask("parts")
-    if compare:
-        for kind, i in (("ratio", 0), ("cpu_ratio", 1)):
-            pairs = zip(times["ours"], times["torch"], strict=True)
-            row[kind] = statistics.median(theirs[i] / ours[i] for ours, theirs in pairs)
+        row |= take_turns(sides, rounds)
+        if parts:
+            row |= {f"{side}_parts": worker.ask("parts") for side, worker in sides.items()}
     return row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import json
 import time
@@ -27,7 +28,7 @@ from nla_jax.train.steps import ARConfig, AVConfig, ar_step, av_step
 Numbers = dict[str, float]
 
 
-class _Program:
+class _Program(abc.ABC):
     def __init__(self, folder: Path):
         self.folder = folder
         self.shapes = json.loads((folder / "shapes.json").read_text())
@@ -59,8 +60,9 @@ class _Program:
         """Loss and gradient norm of two steps on the same batch."""
         return [self.step(), self.step()]
 
+    @abc.abstractmethod
     def step(self) -> Numbers:
-        raise NotImplementedError
+        """One step on the given batch: loss and gradient norm, fetched."""
 
 
 class _Supervised(_Program):

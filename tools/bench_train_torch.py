@@ -9,6 +9,7 @@ padding to the longest.
 
 from __future__ import annotations
 
+import abc
 import json
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def versions() -> str:
     return f"torch {torch.__version__}, transformers {transformers.__version__}"
 
 
-class _Program:
+class _Program(abc.ABC):
     def __init__(self, folder: Path):
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -66,8 +67,9 @@ class _Program:
         """Loss and gradient norm of two steps on the same batch."""
         return [self.step(), self.step()]
 
+    @abc.abstractmethod
     def step(self) -> Numbers:
-        raise NotImplementedError
+        """One step on the given batch: loss and gradient norm, fetched."""
 
     def parts(self) -> Numbers:
         """Processor seconds of each part of one step."""

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -57,6 +58,30 @@ class Worker:
         with contextlib.suppress(OSError):
             self.process.stdin.close()  # type: ignore[union-attr]
         self.process.wait()
+
+
+def take_turns(sides: Mapping[str, Worker], rounds: int) -> dict[str, Any]:
+    """`rounds` steps of each side in turn, after one of each that is not counted. For each side: all wall and processor
+    seconds and their medians, and the peak memory while stepping above what was resident with the weights; with
+    "torch" beside "ours", the medians of torch's times over ours."""
+    for worker in sides.values():
+        worker.ask("seconds")  # whatever is left to compile or allocate
+        worker.ask("reset_peak")
+    times: dict[str, list[list[float]]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, worker in sides.items():
+            times[side].append(worker.ask("seconds"))
+    out: dict[str, Any] = {}
+    for side, worker in sides.items():
+        walls, cpus = zip(*times[side], strict=True)
+        out |= {f"{side}_all": walls, f"{side}_s": statistics.median(walls)}
+        out |= {f"{side}_cpu_all": cpus, f"{side}_cpu_s": statistics.median(cpus)}
+        out |= {f"{side}_memory": worker.ask("memory")["peak"] - worker.loaded, f"{side}_loaded": worker.loaded}
+    if "torch" in sides:
+        for kind, i in (("ratio", 0), ("cpu_ratio", 1)):
+            pairs = zip(times["ours"], times["torch"], strict=True)
+            out[kind] = statistics.median(theirs[i] / ours[i] for ours, theirs in pairs)
+    return out
 
 
 def serve(programs: Mapping[str, Callable[[Path], Any]]) -> None:

@@ -7,16 +7,14 @@ escaped.
 from __future__ import annotations
 
 import html
-import json
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from nla_jax import __version__
 from nla_jax.tools import eval_report as tables
 from nla_jax.tools.eval_report import Json, Line
 from nla_jax.tools.eval_report_plots import draw, legend, plots
 from nla_jax.train import report_plots
+from nla_jax.train.report import settings_table
 
 _HEADLINE = ("fve_nrm", "fve_calibrated", "cosine", "mse_nrm")
 _LONG = 24  # rows of a table
@@ -173,19 +171,7 @@ def _skipped(results: Json) -> str:
 
 def _provenance(results: Json) -> str:
     kept = {key: value for key, value in results.items() if key not in ("suites", "skipped")}
-    rows = "".join(f'<tr><th scope="row">{_text(n)}</th><td>{_text(v)}</td></tr>' for n, v in _flat("", kept))
-    table = f'<div class="scroll"><table class="run"><tbody>{rows}</tbody></table></div>'
-    return f"<details><summary>Settings, versions and hashes</summary>{table}</details>"
-
-
-def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
-    """Nested settings as dotted names with their values."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _flat(f"{prefix}.{name}" if prefix else str(name), inner)
-    elif value is not None:
-        shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        yield prefix, shown if len(shown) <= 600 else shown[:600] + " …"
+    return settings_table("Settings, versions and hashes", kept)
 
 
 def _short(name: str) -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nla_jax.errors import InputError
 from nla_jax.tools import options as o
-from nla_jax.tools.inputs import parse_indices
+from nla_jax.tools.inputs import parse_indices, read_source
 
 if TYPE_CHECKING:
     import numpy as np
 
     from nla_jax.pair import NLA, Activations
+    from nla_jax.tools.report import Setup
 
 AV = click.option("--av", metavar=o.MODEL, help="The activation verbalizer; not needed with --explanation.")
 POSITION = click.option("--position", metavar="P", required=True, help="A token, from 0; -1 is the last one.")
@@ -56,6 +58,26 @@ def need_av(av: str | None, explanation: str | None) -> None:
         raise InputError("the explanation", expected="--av, which writes one, or --explanation TEXT", got="neither")
     if explanation is not None and not explanation.strip():
         raise InputError("--explanation", expected="a text", got="an empty one")
+
+
+def opened(
+    command: str,
+    text: str,
+    models: dict[str, str | None],
+    json_path: Path | None,
+    *,
+    dtype: str | None,
+    low_memory: bool,
+    settings: dict[str, Any],
+) -> tuple[NLA, str, Setup]:
+    """The pair and target of a command, the text itself ("-" is standard input), and what its outputs begin with."""
+    from nla_jax.tools import outputs
+
+    outputs.check_outputs([json_path], models.values())
+    source = read_source(text, None, None)
+    assert isinstance(source, str)
+    nla = o.open_pair(**models, dtype=dtype, low_memory=low_memory)  # type: ignore[arg-type]
+    return nla, source, o.setup_of(command, nla, models, dtype, {**settings, "dtype": dtype})
 
 
 def place_of(

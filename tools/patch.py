@@ -10,7 +10,6 @@ import click
 from nla_jax.errors import InputError
 from nla_jax.tools import one_position as one
 from nla_jax.tools import options as o
-from nla_jax.tools.inputs import read_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,20 +73,17 @@ def patch(
     from nla_jax.tools.tokens import printable, visible
 
     one.need_av(av, explanation)
-    outputs.check_outputs([json_path], [target, av, ar])
-    source = read_source(text, None, None)
-    assert isinstance(source, str)
-    given = {"target": target, "av": av, "ar": ar}
-    nla = o.open_pair(av=av, ar=ar, target=target, dtype=dtype, low_memory=low_memory)
     settings = {
         "position": position,
         "tokens": tokens,
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-        "dtype": dtype,
     }
-    setup = o.setup_of("patch", nla, given, dtype, settings)
+    models = {"target": target, "av": av, "ar": ar}
+    nla, source, setup = one.opened(
+        "patch", text, models, json_path, dtype=dtype, low_memory=low_memory, settings=settings
+    )
     _check_follows(nla, source, position)
     place = one.place_of(
         nla, source, position, explanation, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed

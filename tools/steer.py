@@ -13,7 +13,6 @@ import click
 from nla_jax.errors import InputError
 from nla_jax.tools import one_position as one
 from nla_jax.tools import options as o
-from nla_jax.tools.inputs import read_source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,11 +118,6 @@ def steer(
         new_text(explanation, pairs, edited)
     if temperature == 0 and samples > 1:
         raise InputError("--samples at temperature 0", expected="samples that differ", fix="--temperature 1")
-    outputs.check_outputs([json_path], [target, av, ar])
-    source = read_source(text, None, None)
-    assert isinstance(source, str)
-    given = {"target": target, "av": av, "ar": ar}
-    nla = o.open_pair(av=av, ar=ar, target=target, dtype=dtype, low_memory=low_memory)
     settings = {
         "position": position,
         "alphas": strengths,
@@ -133,9 +127,11 @@ def steer(
         "temperature": temperature,
         "explanation_tokens": explanation_tokens,
         "seed": seed,
-        "dtype": dtype,
     }
-    setup = o.setup_of("steer", nla, given, dtype, settings)
+    models = {"target": target, "av": av, "ar": ar}
+    nla, source, setup = one.opened(
+        "steer", text, models, json_path, dtype=dtype, low_memory=low_memory, settings=settings
+    )
     place = one.place_of(
         nla, source, position, explanation, temperature=1.0, max_new_tokens=explanation_tokens, seed=seed
     )

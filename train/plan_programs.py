@@ -21,7 +21,7 @@ from nla_jax.models.params import ParamSpec, map_specs, n_params, param_specs
 from nla_jax.models.sampler import Samples, decode
 from nla_jax.models.sharding import RULES, MeshSettings, make_mesh, on_its_mesh, row_shards
 from nla_jax.prompt import AVPrompt
-from nla_jax.reconstructor import ARParams
+from nla_jax.reconstructor import ar_specs
 from nla_jax.train import rl, steps
 from nla_jax.train.optimizer import make_optimizer
 from nla_jax.train.plan_work import Lengths, Split, Work, cache_bytes, decoding, kept_bytes, reading, training
@@ -160,11 +160,6 @@ def _common(settings: RLSettings | SFTSettings, optim: OptimizerSettings) -> dic
     }
 
 
-def ar_specs(trunk: ModelConfig) -> ARParams:
-    square = ParamSpec((trunk.d_model,) * 2, ("embed", "reads"))
-    return ARParams(trunk=param_specs(trunk, head=False), head=square)
-
-
 def n_ar_params(trunk: ModelConfig) -> int:
     return n_params(trunk, head=False) + trunk.d_model**2
 
@@ -176,21 +171,7 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     width = -(-(lengths.ar_prompt + R) // _AR_STEP) * _AR_STEP
     bytes_ = _WIDTHS[s.compute_dtype]
     av, ar = av_config(s, model, s.av_optim), ar_config(s, model, s.ar_optim)
-    cfg = rl.RLConfig(
-        av=av,
-        ar=ar,
-        stop_ids=_STOP_IDS,
-        samples=s.samples,
-        max_new_tokens=R,
-        reward=s.reward,
-        advantage=s.advantage,
-        aggregate=s.aggregate,
-        clip_ratio=s.clip_ratio,
-        kl_coef=s.kl_coef,
-        kl=s.kl,
-        on_policy_ratio=s.on_policy_ratio,
-        replay_av=s.replay_av,
-    )
+    cfg = rl.RLConfig.of(s, av, ar, _STOP_IDS)
     av_params = place.params(param_specs(model.cfg), model.cfg, s.param_dtype)
     ar_params = place.params(ar_specs(model.trunk), model.trunk, s.param_dtype)
     av_state, ar_state = place.state(av_params, s.av_optim), place.state(ar_params, s.ar_optim)

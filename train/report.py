@@ -179,16 +179,18 @@ def _at(point: tuple[int, float] | None) -> str:
 
 
 def _run(stage: Stage) -> str:
-    flat = list(_flat("", stage.run))
-    if not flat:
-        return ""
-    rows = "".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in flat)
+    return settings_table("Settings and data of this run", stage.run) if stage.run else ""
+
+
+def settings_table(title: str, settings: Mapping[str, Any]) -> str:
+    """Nested settings as a folded table of dotted names and values."""
+    pairs = _flat("", settings)
+    rows = "".join(f'<tr><th scope="row">{_text(name)}</th><td>{_text(value)}</td></tr>' for name, value in pairs)
     table = f'<div class="scroll"><table class="run"><tbody>{rows}</tbody></table></div>'
-    return f"<details><summary>Settings and data of this run</summary>{table}</details>"
+    return f"<details><summary>{_text(title)}</summary>{table}</details>"
 
 
 def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
-    """Nested settings as dotted names with their values."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _flat(f"{prefix}.{name}" if prefix else str(name), inner)

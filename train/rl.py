@@ -35,6 +35,7 @@ from nla_jax.train.objectives import (
     token_weights,
     usable,
 )
+from nla_jax.train.settings import RLSettings
 from nla_jax.train.state import Metrics, TrainState, apply_gradients, cast, train_step
 from nla_jax.train.steps import ARConfig, AVConfig, av_logprobs, av_mask, guarded, prefix_fn
 from nla_jax.verbalizer import sample_explanations
@@ -61,6 +62,12 @@ class RLConfig:
     kl: str = "k2"
     on_policy_ratio: str = "self"
     replay_av: float = 0.0
+
+    @classmethod
+    def of(cls, settings: RLSettings, av: AVConfig, ar: ARConfig, stop_ids: tuple[int, ...]) -> RLConfig:
+        """What a stage's settings say of its steps: the fields that both have by the same name."""
+        own = {field.name for field in dataclasses.fields(cls)} - {"av", "ar", "stop_ids"}
+        return cls(av=av, ar=ar, stop_ids=stop_ids, **{name: getattr(settings, name) for name in own})
 
 
 @on_its_mesh

@@ -16,9 +16,9 @@ from nla_jax.export import export_dir
 from nla_jax.hub import progress_bar
 from nla_jax.models import hf
 from nla_jax.models.config import ModelConfig, read_hf_config
-from nla_jax.models.params import Params, ParamSpec, param_specs
+from nla_jax.models.params import Params, param_specs
 from nla_jax.prompt import AVPrompt, build_av_prompt
-from nla_jax.reconstructor import ARParams, init_head
+from nla_jax.reconstructor import ARParams, ar_specs, init_head
 from nla_jax.roles import AR, AV
 from nla_jax.sidecar import Sidecar
 from nla_jax.tokenizer import Tokenizer
@@ -47,10 +47,7 @@ class Role:
 
     def specs(self) -> Any:
         """The declared parameters, as the tree that `load` gives."""
-        if self.role == "av":
-            return param_specs(self.cfg)
-        square = ParamSpec((self.cfg.d_model,) * 2, ("embed", "reads"))
-        return ARParams(trunk=param_specs(self.cfg, head=False), head=square)
+        return param_specs(self.cfg) if self.role == "av" else ar_specs(self.cfg)
 
     def load(self, dtype: str, layout: Layout = ONE_DEVICE) -> Any:
         """`Params` of an AV, `ARParams` of an AR; an AR that is made from the target has an identity head."""

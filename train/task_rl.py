@@ -71,20 +71,11 @@ class RLTask:
         self.ar = roles.from_checkpoint("ar", settings.ar, self.build)
         if self.av.sidecar.marker in (self.ar.sidecar.ar_template or ""):
             raise SidecarError(f"{settings.ar}: its template holds the marker of the AV", fix="the AR of this AV")
-        self.cfg = RLConfig(
-            av=step_config(settings, self.av, self.build, settings.av_optim),
-            ar=step_config(settings, self.ar, self.build, settings.ar_optim),
-            stop_ids=roles.stop_ids(self.av),
-            samples=settings.samples,
-            max_new_tokens=settings.max_new_tokens,
-            reward=settings.reward,
-            advantage=settings.advantage,
-            aggregate=settings.aggregate,
-            clip_ratio=settings.clip_ratio,
-            kl_coef=settings.kl_coef,
-            kl=settings.kl,
-            on_policy_ratio=settings.on_policy_ratio,
-            replay_av=settings.replay_av,
+        self.cfg = RLConfig.of(
+            settings,
+            step_config(settings, self.av, self.build, settings.av_optim),
+            step_config(settings, self.ar, self.build, settings.ar_optim),
+            roles.stop_ids(self.av),
         )
         self.variance = self.build.variance_nrm
         self.width = ar_width(self.ar.tokenizer, self.ar.sidecar, settings.max_new_tokens)
