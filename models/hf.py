@@ -23,6 +23,7 @@ from nla_jax.models.atomic import atomic_dir
 from nla_jax.models.config import ModelConfig, text_part, truncate_hf_config
 from nla_jax.models.errors import CheckpointError, ConfigError, InputError
 from nla_jax.models.hf_keys import LM_HEAD, NORM, Slot, ignorable, layout_of, leaf, slots
+from nla_jax.models.lora import Adapted
 from nla_jax.models.params import Layers, Params, param_specs
 from nla_jax.models.placing import of_row, on_host, placer, put, row_on_host
 from nla_jax.models.safetensors_io import (
@@ -94,8 +95,17 @@ def load_ar(
     if unused:
         _log.warning("%s: %s not read; an AR uses the raw output of its last block", path, " and ".join(sorted(unused)))
     trunk = _read(found, cfg, False, to, shardings, progress)
-    head = read_tensor(head_info, to or DTYPES[head_info.dtype], transpose=True)
-    return cfg, trunk, put(head, head_sharding)
+    return cfg, trunk, _put_head(head_info, to, head_sharding)
+
+
+def load_head(path: str | Path, dtype: Any = None, *, sharding: NamedSharding | None = None) -> jax.Array:
+    """The head [D, D] of an AR directory alone, input-first."""
+    info = _head_info(Path(path) / VALUE_HEAD, ModelConfig.from_dir(path))
+    return _put_head(info, None if dtype is None else as_dtype(dtype), sharding)
+
+
+def _put_head(info: TensorInfo, dtype: np.dtype | None, sharding: NamedSharding | None) -> jax.Array:
+    return put(read_tensor(info, dtype or DTYPES[info.dtype], transpose=True), sharding)
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:
@@ -274,11 +284,15 @@ def write_checkpoint(
         raise ValueError(f"role {role!r} {'without a' if head is None else 'with a'} head")
     to = None if dtype is None else as_dtype(dtype)
     wanted = slots(cfg, head=role != "ar")
+    adapted = any(isinstance(x, Adapted) for x in vars(params.layers).values())
     entries = []
     for key, slot in wanted.items():
         array = leaf(params, slot)
         spec_shape = leaf(param_specs(cfg, head=role != "ar"), slot).shape
-        if array is None or array.shape != spec_shape:
+        shape = None if array is None else tuple(array.shape)
+        if adapted and shape is not None and slot.layer is not None:
+            shape = (min(shape[0], spec_shape[0]), *shape[1:])  # of a base that goes on after the adapted blocks
+        if shape != spec_shape:
             got = None if array is None else list(array.shape)
             raise CheckpointError(f"parameters do not fit their config at {key}", expected=list(spec_shape), got=got)
         entries.append(Entry(key, slot.shape, to or as_dtype(array.dtype)))

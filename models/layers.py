@@ -27,7 +27,8 @@ def precision_of(dtype: Any) -> jax.lax.Precision:
 def linear(x_BxTxI: jax.Array, w_IxO: jax.Array | Adapted, b_O: jax.Array | None = None) -> jax.Array:
     """x @ w (+ b), at the precision of x; an adapted w adds its low-rank change without being merged."""
     if isinstance(w_IxO, Adapted):
-        y = _product(x_BxTxI, w_IxO.w) + _product(_product(x_BxTxI, w_IxO.a), w_IxO.b) * w_IxO.scale
+        frozen = jax.lax.stop_gradient(w_IxO.w)
+        y = _product(x_BxTxI, frozen) + _product(_product(x_BxTxI, w_IxO.a), w_IxO.b) * w_IxO.scale
     else:
         y = _product(x_BxTxI, w_IxO)
     return y if b_O is None else y + b_O[None, None, :]

@@ -3,7 +3,7 @@
 A weight W [L, I, O] acts as W + a b alpha / rank with a [L, I, R] and b [L, R, O] (Hu et al. 2021, arXiv 2106.09685).
 `attach` puts base and adapters together into a `Params` that every function here takes: nothing is merged or copied,
 so target, AV, AR and KL reference hold one base. Only what differs is differentiated: take gradients with respect to
-the adapters and call `attach` inside the loss.
+the adapters, and call `attach` inside the loss.
 
 R is the rank. An adapter tree is a dictionary from a `Layers` field to its `LowRank`.
 """
@@ -79,6 +79,16 @@ class Adapted:
     def dtype(self) -> Any:
         return self.w.dtype
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the adapted blocks: the base's stack may have more."""
+        return (self.a.shape[0], *self.w.shape[1:])
+
+    def merged(self, row: Any) -> jax.Array:
+        """Block `row` [I, O] with the change added: summed in float32, stored in the matrix's dtype."""
+        w, a, b = (jax.lax.dynamic_index_in_dim(x, row, keepdims=False) for x in (self.w, self.a, self.b))
+        return _sum(w, a, b, self.scale)
+
 
 Adapters = dict[str, LowRank]
 
@@ -116,23 +126,19 @@ def init_adapters(cfg: ModelConfig, lora: LoRAConfig, key: jax.Array, dtype: Any
 def attach(base: Params, adapters: Adapters, lora: LoRAConfig) -> Params:
     """The base with its adapted matrices in place, sharing its arrays. Adapters of fewer blocks than the base has serve
     its first blocks, as an AR's do; run such a model with a config of that many."""
-    fields = {
-        field: Adapted(jax.lax.stop_gradient(getattr(base.layers, field)), pair.a, pair.b, lora.scale)
-        for field, pair in adapters.items()
-    }
+    fields = {f: Adapted(getattr(base.layers, f), pair.a, pair.b, lora.scale) for f, pair in adapters.items()}
     return base.replace(layers=base.layers.replace(**fields))  # type: ignore[attr-defined]
 
 
 def merge(base: Params, adapters: Adapters, lora: LoRAConfig) -> Params:
     """Plain parameters with the change added to the weights: summed in float32, stored in the weights' dtype."""
-
-    def one(w: jax.Array, pair: LowRank) -> jax.Array:
-        a, b = (jnp.asarray(x, jnp.float32) for x in (pair.a, pair.b))
-        change = jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST) * lora.scale
-        return (w.astype(jnp.float32) + change).astype(w.dtype)
-
-    fields = {field: one(getattr(base.layers, field), pair) for field, pair in adapters.items()}
+    fields = {f: _sum(getattr(base.layers, f), pair.a, pair.b, lora.scale) for f, pair in adapters.items()}
     return base.replace(layers=base.layers.replace(**fields))  # type: ignore[attr-defined]
+
+
+def _sum(w: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    change = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST) * scale
+    return (w.astype(jnp.float32) + change).astype(w.dtype)
 
 
 def n_adapter_params(cfg: ModelConfig, lora: LoRAConfig) -> int:

@@ -53,8 +53,10 @@ def draw(
     logits_BxV: jax.Array, keys_B: jax.Array, step: jax.Array | int, temperature: jax.Array | float
 ) -> tuple[jax.Array, jax.Array]:
     """One token per row and its temperature-1 log-probability. Temperature 0 takes the largest logit."""
-    # Each row whole on one device: cumulative sums over a vocabulary that is split are slow and change its order.
-    logits_BxV = constrain(logits_BxV, "rows", None)
+    # Each row whole on one device: cumulative sums over a vocabulary that is split are slow and change its order. Split
+    # first, as the products gave them, or the compiler gathers the whole vocabulary's matrix in every step instead.
+    logits_BxV = constrain(constrain(logits_BxV, "rows", "vocab"), "every", None)
+    keys_B = constrain(keys_B, "every")
     # Relative to the largest: large logits would otherwise swallow the digits of the log-probabilities.
     logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
     uniform_B = jax.vmap(lambda k: 1.0 - jax.random.uniform(jax.random.fold_in(k, step)))(keys_B)  # in (0, 1]
@@ -64,7 +66,7 @@ def draw(
         lambda: jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32),
     )
     chosen = jnp.take_along_axis(logits_BxV, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits_BxV, axis=-1)
+    return constrain(tokens, "rows"), constrain(chosen - jax.nn.logsumexp(logits_BxV, axis=-1), "rows")
 
 
 def _invert_cdf(logits_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ Rules = Mapping[str, tuple[str, ...]]
 # Logical axis -> mesh axes that split it. An axis that is not here is a mistake; () is whole everywhere.
 RULES: Rules = {
     "rows": ("data", "fsdp"),  # of a batch
+    "every": ("data", "fsdp", "tensor"),  # rows of what each device does for some of them alone
     "copies": ("data",),  # rows where "fsdp" splits something else of the same array
     "embed": ("fsdp",),  # D of a matrix
     "heads": ("tensor",),

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from nla_jax.models.attention import AttnSpec, attend
 from nla_jax.models.cache import Cache, Prefix
@@ -104,13 +105,14 @@ def run_blocks(
 
     # As scanned inputs the blocks' weights are known to the backward pass; indexed inside the body, a copy of each
     # would be kept for it. A trunk indexes: slicing the stack first would copy the trunk's weights in every call.
-    whole = first_layer == 0 and n_layers == cfg.n_layers
+    stacks, structure = jax.tree.flatten(params.layers)
+    alone = [first_layer == 0 and w.shape[0] == n_layers for w in stacks]
 
     def step(carry, scanned):
         x, cache, state = carry
-        layer, p = scanned
-        if not whole:
-            p = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), params.layers)
+        layer, rows = scanned
+        weights = [_row(w, layer) if row is None else row for w, row in zip(stacks, rows, strict=True)]
+        p = jax.tree.unflatten(structure, weights)
         cos, sin = _table_of(tables, layer, cfg)
         own = layer - first_layer  # among the blocks that run
         shared = None if prefix is None else (prefix.k[own], prefix.v[own])
@@ -134,11 +136,23 @@ def run_blocks(
         # Without this the compiler may split the stream's width instead of its rows, and run every row everywhere.
         return (constrain(x, "rows", None, None), cache, state), (kv if keep_kv else None)
 
-    body = jax.checkpoint(step) if remat else step
-    blocks = (jnp.arange(first_layer, n_layers), params.layers if whole else None)
+    body = step
+    if remat:
+        body = jax.checkpoint(step, prevent_cse=False)
+    elif any(alone) and not all(alone):
+        # Adapters of a trunk on a base that goes on: of the frozen rows no copy is kept either.
+        body = jax.checkpoint(step, prevent_cse=False, policy=_BUT_ROWS)
+    blocks = (jnp.arange(first_layer, n_layers), [w if whole else None for w, whole in zip(stacks, alone, strict=True)])
     x = constrain(x_BxTxD, "rows", None, None)
     (x, cache, state), kept = jax.lax.scan(body, (x, cache, tap_state), blocks)
     return x, Cache(*kept) if keep_kv else cache, state
+
+
+_BUT_ROWS = jax.checkpoint_policies.save_anything_except_these_names("row")
+
+
+def _row(stack: jax.Array, layer: jax.Array) -> jax.Array:
+    return checkpoint_name(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), "row")
 
 
 def prefix_of(params: Params, tokens_P: jax.Array, cfg: ModelConfig) -> Prefix:
