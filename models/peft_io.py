@@ -88,13 +88,7 @@ def load_adapters(path: str | Path, cfg: ModelConfig, dtype: Any = jnp.float32) 
     """Adapters of a model of `cfg` from a PEFT directory. CheckpointError for what this cannot represent, by name:
     other kinds of adapters, settings beyond plain LoRA, tensors that are missing, left over, or of another shape."""
     folder = Path(path)
-    config = _read_config(folder / CONFIG)
-    lora = LoRAConfig(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        targets=tuple(t for t in TARGETS if t in _targets(folder, config)),
-        rslora=bool(config.get("use_rslora", False)),
-    )
+    lora = read_lora(folder)
     tensors = _read_tensors(folder / WEIGHTS)
     found: dict[tuple[str, str, int], np.ndarray] = {}
     for key, tensor in tensors.items():
@@ -129,6 +123,18 @@ def load_adapters(path: str | Path, cfg: ModelConfig, dtype: Any = jnp.float32) 
             got="one of a further block",
         )
     return out, lora
+
+
+def read_lora(path: str | Path) -> LoRAConfig:
+    """The settings of the adapters in a PEFT directory; CheckpointError as for `load_adapters`."""
+    folder = Path(path)
+    config = _read_config(folder / CONFIG)
+    return LoRAConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        targets=tuple(t for t in TARGETS if t in _targets(folder, config)),
+        rslora=bool(config.get("use_rslora", False)),
+    )
 
 
 def _read_config(file: Path) -> dict[str, Any]:

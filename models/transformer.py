@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 from nla_jax.models.attention import AttnSpec, attend
 from nla_jax.models.cache import Cache, Prefix
@@ -106,7 +105,7 @@ def run_blocks(
     # As scanned inputs the blocks' weights are known to the backward pass; indexed inside the body, a copy of each
     # would be kept for it. A trunk indexes: slicing the stack first would copy the trunk's weights in every call.
     stacks, structure = jax.tree.flatten(params.layers)
-    alone = [first_layer == 0 and w.shape[0] == n_layers for w in stacks]
+    apart = [first_layer == 0 and w.shape[0] == n_layers for w in stacks]
 
     def step(carry, scanned):
         x, cache, state = carry
@@ -139,20 +138,22 @@ def run_blocks(
     body = step
     if remat:
         body = jax.checkpoint(step, prevent_cse=False)
-    elif any(alone) and not all(alone):
+    elif any(apart) and not all(apart):
         # Adapters of a trunk on a base that goes on: of the frozen rows no copy is kept either.
-        body = jax.checkpoint(step, prevent_cse=False, policy=_BUT_ROWS)
-    blocks = (jnp.arange(first_layer, n_layers), [w if whole else None for w, whole in zip(stacks, alone, strict=True)])
+        body = jax.checkpoint(step, prevent_cse=False, policy=_but_rows)
+    blocks = (jnp.arange(first_layer, n_layers), [w if whole else None for w, whole in zip(stacks, apart, strict=True)])
     x = constrain(x_BxTxD, "rows", None, None)
     (x, cache, state), kept = jax.lax.scan(body, (x, cache, tap_state), blocks)
     return x, Cache(*kept) if keep_kv else cache, state
 
 
-_BUT_ROWS = jax.checkpoint_policies.save_anything_except_these_names("row")
-
-
 def _row(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return checkpoint_name(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), "row")
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+def _but_rows(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything for the backward pass but what `_row` gives, at any of the steps that it is handed on in."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "stop_gradient")
 
 
 def prefix_of(params: Params, tokens_P: jax.Array, cfg: ModelConfig) -> Prefix:

@@ -8,6 +8,7 @@ for an AR, K + 1 blocks and value_head.safetensors.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,14 @@ def export_dir(
     max_shard_bytes: float = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> Saved:
     """Writes a complete Hugging Face directory as one move.
 
     `source` is the directory whose tokenizer, template and generation files go along (the one that the parameters
     came from), and whose sidecar is copied unless `sidecar` is given. `role` is "av", "ar" (with `head` [D, D],
-    input-first) or "model" (no sidecar). The other options are those of `models.hf.write_checkpoint`."""
+    input-first) or "model" (no sidecar). `beside` may write more into the directory. The other options are those of
+    `models.hf.write_checkpoint`."""
     source = Path(source)
     with atomic_dir(out_dir, overwrite=overwrite) as temporary:
         saved = write_checkpoint(
@@ -109,4 +112,6 @@ def export_dir(
         )
         copy_companions(source, temporary)
         place_sidecar(sidecar, source, temporary, role=role, cfg=cfg)
+        if beside is not None:
+            beside(temporary)
         return saved

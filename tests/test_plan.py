@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from nla_jax.configs.chips import CHIPS
 from nla_jax.errors import InputError
 from nla_jax.models.config import ModelConfig
+from nla_jax.models.lora import n_adapter_params
 from nla_jax.models.params import n_params
 from nla_jax.models.sharding import MeshSettings
 from nla_jax.tools import cli
@@ -32,11 +33,11 @@ from nla_jax.train.plan import (
     roofline,
     row_of,
 )
-from nla_jax.train.plan_programs import Model, extraction, joint_rl, make_place, n_ar_params, warm_start
+from nla_jax.train.plan_programs import Call, Model, extraction, joint_rl, make_place, n_ar_params, warm_start
 from nla_jax.train.plan_search import Change, changes, search
 from nla_jax.train.plan_slices import Chip, larger, parse_slice, why_not
 from nla_jax.train.plan_work import Lengths, Work, tree_bytes
-from nla_jax.train.settings import RLSettings, SFTSettings
+from nla_jax.train.settings import LoRASettings, RLSettings, SFTSettings
 
 GIB = 2.0**30
 CHIP = Chip("toy", 1e12, 1e11, 1 * GIB, 1e11, 1e10)
@@ -73,6 +74,27 @@ def test_residents_are_parameters_moments_and_reference(rl_stage):
     assert held["AR state"] == pytest.approx(12 * n_ar_params(MODEL.trunk) / 4, rel=0.1)
     assert held["KL reference"] == pytest.approx(4 * n_params(cfg) / 4, rel=0.1)
     assert held["AV state"] > 12 * n_params(cfg) / 4
+
+
+@pytest.mark.parametrize("mesh", [SPLIT, MeshSettings(data=4, tensor=2)])
+def test_with_lora_all_roles_lie_on_one_base(mesh):
+    """And it is read, not copied: the sampler's gathers it over fsdp, the others take it as it is."""
+    lora = LoRASettings(rank=2)
+    stage = joint_rl(dataclasses.replace(RL, mesh=mesh, lora=lora), MODEL, place(mesh))
+    found = report(stage, place(mesh), CHIP, Compiler("lora"))
+    split = 2 * mesh.fsdp
+    base, cfg = found.residents["base"], MODEL.cfg
+    assert base == pytest.approx(4 * n_params(cfg) / split, rel=0.1)
+    adapters = n_adapter_params(cfg, lora.config)
+    assert found.residents["KL reference"] == pytest.approx(4 * adapters / 2, rel=0.6)
+    assert found.residents["AV state"] < 3.2 * found.residents["KL reference"] + 100
+    rows = {row.name: row for row in found.rows}
+    assert (rows["re-layout"].sent["all-gather"] > 0) == (mesh.fsdp > 1)
+    # Fewer FLOPs by the products that would give the frozen weights' gradients.
+    full = {p.name: p.work for p in joint_rl(dataclasses.replace(RL, mesh=mesh), MODEL, place(mesh)).programs}
+    for name in ("AV update", "AR update"):
+        assert 0.66 < rows[name].work.useful / full[name].useful < 0.75
+    assert rows["decode"].work == full["decode"]
 
 
 @pytest.fixture(scope="module")
@@ -143,12 +165,16 @@ def test_program_that_does_not_compile_leaves_those_after_it_unknown(rl_stage, m
         "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (15.84G) exceeds available HBM (15.75G)."
     )
 
-    class Lowered:
+    class Refused:
+        def lower(self, *args, **options):
+            return self
+
         def compile(self):
             raise jax.errors.JaxRuntimeError(message)
 
     programs = tuple(
-        dataclasses.replace(p, lower=lambda out: Lowered()) if p.name == "prefill" else p for p in rl_stage.programs[:4]
+        dataclasses.replace(p, call=lambda out: Call(Refused(), ())) if p.name == "prefill" else p
+        for p in rl_stage.programs[:4]
     )
     stage = dataclasses.replace(rl_stage, programs=programs)
     found = report(stage, place(), CHIP, Compiler("refused"))
@@ -323,7 +349,7 @@ def test_chip_alone_asks_for_its_smallest_slice(tmp_path):
 
 
 def test_what_does_not_fit_is_told_with_what_to_change():
-    done = nla("--config=llama3_3_70b_l53", "--slice", "h100:1x1x8")
+    done = nla("--config=llama3_3_70b_l53", "--slice", "h100:1x1x1")
     assert done.returncode == 3
     assert "DOES NOT FIT" in done.stdout and "larger slice" in done.stdout
     done = nla("--config=qwen2_5_7b_l20", "--slice", "h100:1x1x8")

@@ -19,9 +19,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from step_cases import far, gradient, quick_compilation  # noqa: F401  (a fixture)
 
 from nla_jax.models.config import ModelConfig
+from nla_jax.models.lora import LoRAConfig, adapter_specs, init_adapters
 from nla_jax.models.params import ParamSpec, param_specs, truncate
 from nla_jax.models.sharding import MeshSettings, under
 from nla_jax.reconstructor import ARParams
+from nla_jax.train.adapted import trained_specs
 from nla_jax.train.layout import Layout, make_layout
 from nla_jax.train.rl import frozen, judge, policy_batch, policy_step, reference_logprobs, rollout, step_keys
 from nla_jax.train.state import create
@@ -163,6 +165,54 @@ def test_a_rollout_is_that_of_one_device(mesh, family):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     shards = layout(mesh).shards
     assert {len(s.data) for s in on_device.tokens.addressable_shards} == {N * G // shards}
+
+
+@functools.cache
+def adapted(mesh, family):
+    """A rollout and an update of both models whose adapters lie on one base; the AR's on its first two blocks."""
+    model = config(family)
+    trunk, lora = model.truncated(2), LoRAConfig(rank=4, alpha=8.0)
+    cfg = cases.rl_config(
+        accumulate=2,
+        av={"model": model, "lora": lora},
+        ar={"model": trunk, "lora": lora},
+        on_policy_ratio="sampled",
+    )
+    base = placed(mesh, family, params(family))
+
+    def place(tree, specs, cfg):
+        to = layout(mesh).shardings(specs, cfg)
+        return jax.tree.map(jnp.array, tree) if to is None else jax.device_put(tree, to)
+
+    def moved(cfg, seed):
+        return jax.tree.map(
+            lambda x: x + 0.02 * jax.random.normal(jax.random.key(seed), x.shape),
+            init_adapters(cfg, lora, jax.random.key(seed)),
+        )
+
+    av = place(moved(model, 1), adapter_specs(model, lora), model)
+    ar = ARParams(trunk=moved(trunk, 2), head=ar_params(family).head)
+    ar = place(ar, trained_specs("ar", trunk, lora), trunk)
+    put = layout(mesh).put_whole
+    with under(layout(mesh).mesh):
+        keys = step_keys(np.uint32(0), np.uint32(3), rows=N, samples=G)
+    vectors = put(cases.vectors(N, seed=7))
+    samples = jax.device_get(rollout(av, vectors, keys, base, cfg=cfg))
+    reference = reference_logprobs(*frozen(av, base, cfg=cfg.av), put(samples), vectors, cfg=cfg)
+    of_av, m_av = policy_step(create(av, cases.PLAIN), put(policy_rows(family)), None, base, cfg=cfg)
+    of_ar, m_ar = ar_step(create(ar, cases.PLAIN), put(cases.ar_batch()), base, cfg=cfg.ar)
+    return jax.device_get((samples, reference, m_av["loss"], m_ar["loss"], gradient(of_av), gradient(of_ar)))
+
+
+@pytest.mark.parametrize("mesh", ["2x2x2", slow("1x4x2"), slow("8x1x1")])
+def test_adapters_on_a_shared_base_do_what_they_do_on_one_device(mesh):
+    samples, reference, av, ar, *slopes = adapted(mesh, "qwen2")
+    expected, of_reference, of_av, of_ar, *of_slopes = adapted(None, "qwen2")
+    np.testing.assert_array_equal(samples.tokens, expected.tokens)
+    np.testing.assert_allclose(samples.logprobs, expected.logprobs, atol=LOGPROB)
+    np.testing.assert_allclose(reference, of_reference, atol=LOGPROB)
+    assert (float(av), float(ar)) == pytest.approx((float(of_av), float(of_ar)), rel=1e-5)
+    assert all(far(slope, want) < GRADIENT for slope, want in zip(slopes, of_slopes, strict=True))
 
 
 def test_moments_lie_with_their_parameters():

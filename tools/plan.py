@@ -79,7 +79,7 @@ def plan(
     run_config.override(loaded, ctx.meta["overrides"], wanted[0] if wanted[0] != "extract" else "rl")
     from nla_jax.tools.plan_run import Run, plan_stage
 
-    run = Run(loaded, _model(loaded, layer, response_tokens), cache, document_tokens)
+    run = Run(loaded, target_model(loaded, layer, response_tokens), cache, document_tokens)
     if flops:
         return _flops(run.model, loaded.get("target"), json_path)
     sizes = {"pairs": pairs, "documents": documents, "document_tokens": document_tokens}
@@ -98,7 +98,7 @@ def _slices(name: str, search: bool) -> list[Slice]:
     return [parse_slice(name)]
 
 
-def _model(config: Any, layer: int | None, response_tokens: int) -> Model:
+def target_model(config: Any, layer: int | None, response_tokens: int) -> Model:
     """The target's sizes: of a released pair, or of a directory."""
     from nla_jax.configs.architectures import ARCHITECTURES
     from nla_jax.configs.released import RELEASED

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nla_jax.train.plan_search import Change
     from nla_jax.train.plan_slices import Slice
 
+_RANK = 16  # of LoRA where it is tried
 # Settings that change no program.
 _ELSEWHERE = (
     *("out", "seed", "log_every", "eval_every", "save_every", "keep_last", "target", "store", "av", "ar", "init"),
@@ -50,11 +51,13 @@ class Result:
 
 def plan_stage(run: Run, stage: str, slices: list[Slice], search: bool) -> Result:
     """One stage on the first of `slices` that it fits on, or on the last."""
+    # What is asked for is the smallest slice of the training that the config says, or how to get it onto one slice.
+    ranks = (_RANK,) if len(slices) == 1 and stage != "extract" else ()
     for one in slices[:-1]:
-        found = _searched(run, stage, one)
+        found = _searched(run, stage, one, ranks)
         if found is not None:
             return found
-    found = _searched(run, stage, slices[-1]) if search else None
+    found = _searched(run, stage, slices[-1], ranks) if search else None
     return _as_given(run, stage, slices[-1]) if found is None else found
 
 
@@ -69,7 +72,7 @@ class _Trial:
     devices: list[Any]
 
     def built(self, change: Change) -> tuple[Any, Any]:
-        return _stage(self.run, self.stage, change, self.devices)
+        return stage_of(self.run, self.stage, change, self.devices)
 
     def least(self, change: Change) -> float:
         from nla_jax.train.plan import least_bytes
@@ -106,17 +109,18 @@ def _trial(run: Run, stage: str, one: Slice) -> _Trial:
     return _Trial(run, stage, one, why, devices_of(one) if why is None else _stand_ins(one.chips))
 
 
-def _searched(run: Run, stage: str, one: Slice) -> Result | None:
+def _searched(run: Run, stage: str, one: Slice, ranks: tuple[int, ...]) -> Result | None:
     from nla_jax.train.plan_search import search
 
-    trial, given, rows = _trial(run, stage, one), _given(run, stage), _rows(run, stage)
+    trial, given, rows = _trial(run, stage, one), change_of(run, stage), _rows(run, stage)
 
     def tell(change: Change, why: str) -> None:
         what = f"{_mesh_words(change.mesh.shape(one.chips))}, accumulate {change.accumulate}"
-        note(f"{one.name}, {what}{', remat' if change.remat else ''}: {why}")
+        more = f"{', remat' if change.remat else ''}{f', LoRA of rank {change.rank}' if change.rank else ''}"
+        note(f"{one.name}, {what}{more}: {why}")
 
     hbm = one.chip.hbm
-    found = search(given, one.chips, rows, trial.least, trial.attempt, hbm, tell, _most(stage))
+    found = search(given, one.chips, rows, trial.least, trial.attempt, hbm, tell, _most(stage), ranks)
     if found is None:
         return None
     change, report = found
@@ -127,7 +131,7 @@ def _as_given(run: Run, stage: str, one: Slice) -> Result:
     """As the config says; what to change where that does not fit."""
     from nla_jax.train.plan import report as count
 
-    trial, given = _trial(run, stage, one), _given(run, stage)
+    trial, given = _trial(run, stage, one), change_of(run, stage)
     if trial.least(given) > one.chip.hbm and trial.why is None:
         programs, place = trial.built(given)
         why = "nothing was compiled: what the stage must hold is more than a chip has"
@@ -152,14 +156,15 @@ def _stand_ins(chips: int) -> list[Any]:
     return list(here[:chips])
 
 
-def _given(run: Run, stage: str) -> Change:
+def change_of(run: Run, stage: str) -> Change:
+    """What the config says of all that a search may change."""
     from nla_jax.models.sharding import MeshSettings
     from nla_jax.train.plan_search import Change
 
     if stage == "extract":  # its own options, not the config's
         return Change(True, 1, MeshSettings())
     settings = _settings(run, stage)
-    return Change(settings.remat, settings.accumulate, settings.mesh)
+    return Change(settings.remat, settings.accumulate, settings.mesh, settings.lora.rank)
 
 
 def _settings(run: Run, stage: str) -> Any:
@@ -180,7 +185,8 @@ def _most(stage: str) -> int:
     return 1 if stage == "extract" else 64
 
 
-def _stage(run: Run, stage: str, change: Change, devices: list[Any]) -> tuple[Any, Any]:
+def stage_of(run: Run, stage: str, change: Change, devices: list[Any]) -> tuple[Any, Any]:
+    """A stage's programs on `devices`, and where they lie."""
     from nla_jax.train.plan_programs import extraction, joint_rl, make_place, warm_start
 
     place = make_place(change.mesh, devices)
@@ -188,9 +194,9 @@ def _stage(run: Run, stage: str, change: Change, devices: list[Any]) -> tuple[An
         length = run.document_tokens
         options: dict[str, Any] = {"batch_tokens": 2048, "length": length, "per_document": min(10, length)}
         return extraction(run.model, place, dtype="bfloat16", **options), place
-    settings = dataclasses.replace(
-        _settings(run, stage), remat=change.remat, accumulate=change.accumulate, mesh=change.mesh
-    )
+    given = _settings(run, stage)
+    lora = dataclasses.replace(given.lora, rank=change.rank)
+    settings = dataclasses.replace(given, remat=change.remat, accumulate=change.accumulate, mesh=change.mesh, lora=lora)
     return (joint_rl if stage == "rl" else warm_start)(settings, run.model, place), place
 
 
@@ -249,7 +255,7 @@ def _advice(stage: str, given: Change, one: Slice, rows: int, least: Any) -> str
     from nla_jax.errors import NLAError
     from nla_jax.train.plan_search import changes
 
-    for change in changes(given, one.chips, rows, _most(stage)):
+    for change in changes(given, one.chips, rows, _most(stage), (_RANK,) if stage != "extract" else ()):
         try:
             if change != given and least(change) <= one.chip.hbm:
                 return f"{' '.join(_flags(stage, change, given))} may fit; --search finds out"

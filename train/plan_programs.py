@@ -17,14 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from nla_jax import extract, verbalizer
 from nla_jax.models import sharding
 from nla_jax.models.config import ModelConfig
+from nla_jax.models.lora import LoRAConfig, n_adapter_params
 from nla_jax.models.params import ParamSpec, map_specs, n_params, param_specs
 from nla_jax.models.sampler import Samples, decode
 from nla_jax.models.sharding import RULES, MeshSettings, make_mesh, on_its_mesh, row_shards
 from nla_jax.prompt import AVPrompt
-from nla_jax.reconstructor import ar_specs
 from nla_jax.train import rl, steps
+from nla_jax.train.adapted import trained_specs, whole
 from nla_jax.train.optimizer import make_optimizer
-from nla_jax.train.plan_work import Lengths, Split, Work, cache_bytes, decoding, kept_bytes, reading, training
+from nla_jax.train.plan_work import Lengths, Split, Work, cache_bytes, decoding, kept_bytes, products, reading, training
 from nla_jax.train.settings import OptimizerSettings, RLSettings, SFTSettings
 from nla_jax.train.state import TrainState, cast, state_shardings
 
@@ -50,22 +51,39 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+    """A jitted function and what it is called with: shapes with shardings, results of other programs, static options.
+
+    `carries`: the place among `args` of a state that is donated, and that the first result takes the place of."""
+
+    fn: Any
+    args: tuple[Any, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    carries: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
     """One jitted program of a stage.
 
-    `lower(outputs)` gives what `jax.jit(...).lower` does; `after` names the programs whose results it needs. `given`
-    are what of the stage's residents is among its arguments: the rest lies beside it in memory, or `beside` where that
-    is known to be less. `least`: bytes of a chip that it cannot do without, besides its arguments. `once`: it does not
-    run in every step, and so costs memory only."""
+    `call(outputs)` is how it is called; `after` names the programs whose results that needs. `given` are what of the
+    stage's residents is among its arguments: the rest lies beside it in memory, or `beside` where that is known to be
+    less. `least`: bytes of a chip that it cannot do without, besides its arguments. `once`: it does not run in every
+    step, and so costs memory only. Residents' leaves are the arguments' own: known again by identity."""
 
     name: str
-    lower: Callable[[Outputs], Any]
+    call: Callable[[Outputs], Call]
     work: Work
     after: tuple[str, ...] = ()
     given: tuple[Any, ...] = ()
     least: float = 0.0
     beside: tuple[Any, ...] | None = None
     once: bool = False
+
+    def lower(self, outputs: Outputs) -> Any:
+        """What `jax.jit(...).lower` gives."""
+        call = self.call(outputs)
+        return call.fn.lower(*call.args, **call.options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +145,6 @@ class Place:
             lambda x, at: self.array(x.shape, x.dtype, at.spec), shapes, state_shardings(shapes, params)
         )
 
-    def under(self, call: Callable[[], Any]) -> Any:
-        with sharding.under(self.mesh):
-            return call()
-
 
 def make_place(settings: MeshSettings, devices: list[Any]) -> Place:
     """InputError where the mesh's axes do not make up the devices."""
@@ -157,11 +171,19 @@ def _common(settings: RLSettings | SFTSettings, optim: OptimizerSettings) -> dic
         "remat": settings.remat,
         "chunk": settings.logit_chunk,
         "norms": (0.01, 1e6),
+        "lora": settings.lora.config,
     }
 
 
 def n_ar_params(trunk: ModelConfig) -> int:
     return n_params(trunk, head=False) + trunk.d_model**2
+
+
+def n_trained(role: str, cfg: ModelConfig, lora: LoRAConfig | None) -> int:
+    """Scalars that are updated."""
+    if lora is not None:
+        return n_adapter_params(cfg, lora) + (cfg.d_model**2 if role == "ar" else 0)
+    return n_params(cfg) if role == "av" else n_ar_params(cfg)
 
 
 def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
@@ -172,10 +194,16 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     bytes_ = _WIDTHS[s.compute_dtype]
     av, ar = av_config(s, model, s.av_optim), ar_config(s, model, s.ar_optim)
     cfg = rl.RLConfig.of(s, av, ar, _STOP_IDS)
-    av_params = place.params(param_specs(model.cfg), model.cfg, s.param_dtype)
-    ar_params = place.params(ar_specs(model.trunk), model.trunk, s.param_dtype)
-    av_state, ar_state = place.state(av_params, s.av_optim), place.state(ar_params, s.ar_optim)
-    reference = place.params(param_specs(model.cfg), model.cfg, s.compute_dtype)
+    lora = s.lora.config
+    base = place.params(param_specs(model.cfg), model.cfg, s.compute_dtype) if lora else None
+    of_av, of_ar = trained_specs("av", model.cfg, lora), trained_specs("ar", model.trunk, lora)
+    av_state = place.state(place.params(of_av, model.cfg, s.param_dtype), s.av_optim)
+    ar_state = place.state(place.params(of_ar, model.trunk, s.param_dtype), s.ar_optim)
+    av_params, ar_params = av_state.params, ar_state.params
+    reference = place.params(of_av, model.cfg, s.compute_dtype)
+    # Whether the sampler needs the weights laid out otherwise: without LoRA it always has a copy in its own dtype.
+    apart = base is None or (place.mesh is not None and place.mesh.shape["fsdp"] > 1)
+    decoders = () if apart else (base,)
     vectors = place.rows((N, D), "float32")
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), S))
     keys = place.rows(keys.shape, keys.dtype)
@@ -184,25 +212,30 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     held: Any = Samples  # of shapes instead of arrays
     samples = held(tokens=ids, logprobs=reals, lengths=counts, stopped=flags)
 
-    def start(out: Outputs) -> Any:
-        params, prefix = out["re-layout"]
-        return verbalizer._start.lower(
-            params,
-            prefix,
-            vectors,
-            prompt=av.prompt,
-            cfg=model.cfg,
-            injection_scale=av.injection_scale,
-            mode=av.mode,
-            samples=s.samples,
-            slots=R,
-        )
+    def sampler(out: Outputs) -> tuple[Any, Any]:
+        own, shared, prefix = out["re-layout"]
+        return whole(own, base if shared is None else shared, lora), prefix
 
-    def sample(out: Outputs) -> Any:
-        (params, prefix), (cache, logits) = out["re-layout"], out["prefill"]
+    def read_reference(out: Outputs) -> Call:
+        own, prefix = out["KL reference"]
+        return Call(rl.reference_logprobs, (whole(own, base, lora), prefix, samples, vectors), {"cfg": cfg})
+
+    def start(out: Outputs) -> Call:
+        options = {
+            "prompt": av.prompt,
+            "cfg": model.cfg,
+            "injection_scale": av.injection_scale,
+            "mode": av.mode,
+            "samples": s.samples,
+            "slots": R,
+        }
+        return Call(on_its_mesh(verbalizer._start), (*sampler(out), vectors), options)
+
+    def sample(out: Outputs) -> Call:
+        (params, prefix), (cache, logits) = sampler(out), out["prefill"]
         first, temperature = place.array((), "int32"), place.array((), "float32")
-        options: dict[str, Any] = {"cfg": model.cfg, "stop_ids": _STOP_IDS, "max_new_tokens": R}
-        return decode.lower(params, prefix, cache, first, logits, keys, temperature, **options)
+        options = {"cfg": model.cfg, "stop_ids": _STOP_IDS, "max_new_tokens": R}
+        return Call(on_its_mesh(decode), (params, prefix, cache, first, logits, keys, temperature), options)
 
     texts = {"tokens": place.rows((S, width), "int32"), "lengths": counts, "failed": flags}
     of_rows = {"vectors": vectors, "valid": place.rows((N,), "bool")}
@@ -228,90 +261,89 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     # What a sample costs, forward: its tail and response but for the last token, after the shared prefix.
     mean, cap = lengths.tail + lengths.response - 1, lengths.tail + R - 1
     kv_split = split.tensor if model.cfg.n_kv_heads % split.tensor == 0 else 1
-    of_policy = reading(
-        model.cfg, S, mean, cap, split, bytes_, before=lengths.marker, useful_logits=lengths.response, padded_logits=R
-    )
+    logits: dict[str, Any] = {"useful_logits": lengths.response, "padded_logits": R}
+    of_policy = reading(model.cfg, S, mean, cap, split, bytes_, before=lengths.marker, **logits)
     of_prefix = reading(model.cfg, 0, 0, 0, split, bytes_, shared=lengths.marker)
-    of_ar = _with_head(reading(model.trunk, S, lengths.ar_text, width, split, bytes_), D, S)
+    spared_av = spared_ar = Work()
+    if lora:
+        spared_av = products(model.cfg, S, mean, cap, shared=lengths.marker, **logits)
+        spared_ar = products(model.trunk, S, lengths.ar_text, width)
+    of_texts = _with_head(reading(model.trunk, S, lengths.ar_text, width, split, bytes_), D, S)
     trained = Work(*(a + b for a, b in zip(_plain(of_policy), _plain(of_prefix), strict=True)))
     wide = _WIDTHS[s.param_dtype]
     narrow = bytes_ * n_params(model.cfg) / split.tensor
-    copied = Work(of_prefix.useful, of_prefix.computed, wide * n_params(model.cfg) / split.chips + narrow)
+    n_av, n_ar = n_trained("av", model.cfg, lora), n_trained("ar", model.trunk, lora)
+    narrow = narrow if apart else 0.0
+    copied = Work(of_prefix.useful, of_prefix.computed, wide * n_av / split.chips + narrow)
     cache = cache_bytes(model.cfg, S, lengths.tail + R, split, kv_split, bytes_)
     tokens = S * (lengths.tail + R - 1) / s.accumulate
     prefilled = reading(
         model.cfg, N, lengths.tail, lengths.tail, split, bytes_, before=lengths.marker, useful_logits=1, padded_logits=1
     )
+    update: dict[str, Any] = {"remat": s.remat, "parts": s.accumulate}
     programs = (
         Program(
             "KL reference",
-            lambda out: rl.frozen.lower(av_params, cfg=av),  # type: ignore[attr-defined]
+            lambda out: Call(rl.freeze, (av_params, base), {"cfg": av}),
             copied,
+            given=(base,),
             beside=(av_params,),  # it is given a copy, before the other states are made
             once=True,
         ),
         Program(
             "re-layout",
-            lambda out: rl.decode_layout.lower(av_params, cfg=av),  # type: ignore[attr-defined]
+            lambda out: Call(rl.lay_out_to_decode, (av_params, base), {"cfg": av}),
             copied,
-            given=(av_params,),
+            given=(av_params, base),
             least=narrow,
         ),
         Program(
             "prefill",
-            lambda out: place.under(lambda: start(out)),
+            start,
             prefilled,
             after=("re-layout",),
+            given=decoders,
             least=narrow + cache,
         ),
         Program(
             "decode",
-            lambda out: place.under(lambda: sample(out)),
+            sample,
             decoding(model.cfg, S, lengths, R, split, kv_split, bytes_),
             after=("re-layout", "prefill"),
+            given=decoders,
             least=narrow + cache,
         ),
         Program(
             "reference log-probs",
-            lambda out: rl.reference_logprobs.lower(*out["KL reference"], samples, vectors, cfg=cfg),  # type: ignore[attr-defined]
+            read_reference,
             of_policy,
             after=("KL reference",),
-            given=(reference,),
+            given=(reference, base),
         ),
         Program(
             "reward",
-            lambda out: rl.judge.lower(ar_params, {**texts, **of_rows}, scores, cfg=cfg),  # type: ignore[attr-defined]
-            of_ar,
-            given=(ar_params,),
+            lambda out: Call(rl.judge, (whole(ar_params, base, lora), {**texts, **of_rows}, scores), {"cfg": cfg}),
+            of_texts,
+            given=(ar_params, base),
         ),
         Program(
             "AV update",
-            lambda out: rl.policy_step.lower(av_state, policy_rows, replay, cfg=cfg),  # type: ignore[attr-defined]
-            training(
-                trained,
-                model.cfg,
-                n_params(model.cfg),
-                split,
-                remat=s.remat,
-                logits=float(S * R),
-                parts=s.accumulate,
-            ),
-            given=(av_state,),
-            least=kept_bytes(model.cfg, n_params(model.cfg), tokens, split, bytes_, remat=s.remat),
+            lambda out: Call(rl.policy_step, (av_state, policy_rows, replay, base), {"cfg": cfg}, carries=0),
+            training(trained, model.cfg, n_av, split, logits=float(S * R), spared=spared_av, **update),
+            given=(av_state, base),
+            least=kept_bytes(model.cfg, n_av, tokens, split, bytes_, remat=s.remat),
         ),
         Program(
             "AR update",
-            lambda out: steps.ar_step.lower(ar_state, regression, cfg=ar),  # type: ignore[attr-defined]
-            training(
-                of_ar, model.trunk, n_ar_params(model.trunk), split, remat=s.remat, logits=0.0, parts=s.accumulate
-            ),
-            given=(ar_state,),
-            least=kept_bytes(
-                model.trunk, n_ar_params(model.trunk), S * width / s.accumulate, split, bytes_, remat=s.remat
-            ),
+            lambda out: Call(steps.ar_step, (ar_state, regression, base), {"cfg": ar}, carries=0),
+            training(of_texts, model.trunk, n_ar, split, logits=0.0, spared=spared_ar, **update),
+            given=(ar_state, base),
+            least=kept_bytes(model.trunk, n_ar, S * width / s.accumulate, split, bytes_, remat=s.remat),
         ),
     )
     residents = {"AV state": av_state, "AR state": ar_state, "KL reference": reference}
+    if base is not None:
+        residents["base"] = base
     kept = [p for p in programs if (s.train_av or p.name != "AV update") and (s.train_ar or p.name != "AR update")]
     return Stage("rl", tuple(kept), residents, S, s.compute_dtype)
 
@@ -323,32 +355,38 @@ def warm_start(settings: SFTSettings, model: Model, place: Place) -> Stage:
     of_av = s.stage == "av"
     cfg: Any = (av_config if of_av else ar_config)(s, model, s.optim)
     own = model.cfg if of_av else model.trunk
-    specs = param_specs(own) if of_av else ar_specs(own)
-    state = place.state(place.params(specs, own, s.param_dtype), s.optim)
-    size = n_params(own) if of_av else n_ar_params(own)
+    lora = s.lora.config
+    base = place.params(param_specs(own, head=of_av), own, s.compute_dtype) if lora else None
+    state = place.state(place.params(trained_specs(s.stage, own, lora), own, s.param_dtype), s.optim)
+    size = n_trained(s.stage, own, lora)
     mean = lengths.tail + lengths.response if of_av else lengths.ar_text
     typical = next((n for n in s.buckets if n >= mean), s.buckets[-1])
     step = steps.av_step if of_av else steps.ar_step
 
     def program(name: str, width: int, once: bool) -> Program:
         if of_av:
-            read = reading(
-                own, B, mean - 1, width - 1, split, bytes_, before=lengths.marker, shared=lengths.marker,
-                useful_logits=lengths.response, padded_logits=width - lengths.tail,
-            )  # fmt: skip
+            of_logits: dict[str, Any] = {"useful_logits": lengths.response, "padded_logits": width - lengths.tail}
+            once_for_all = {"shared": lengths.marker, **of_logits}
+            read = reading(own, B, mean - 1, width - 1, split, bytes_, before=lengths.marker, **once_for_all)
+            spared = products(own, B, mean - 1, width - 1, **once_for_all)
         else:
             read = _with_head(reading(own, B, mean, width, split, bytes_), D, B)
+            spared = products(own, B, mean, width)
         logits = float(B * (width - lengths.tail)) if of_av else 0.0
-        work = training(read, own, size, split, remat=s.remat, logits=logits, parts=s.accumulate)
+        work = training(
+            read, own, size, split, remat=s.remat, logits=logits, parts=s.accumulate, spared=spared if lora else Work()
+        )
         batch = sft_batch(s.stage, B, width, D, place)
         least = kept_bytes(own, size, B * width / s.accumulate, split, bytes_, remat=s.remat)
-        return Program(name, lambda out: step.lower(state, batch, cfg=cfg), work, (), (state,), least, once=once)  # type: ignore[attr-defined]
+        call = Call(step, (state, batch, base), {"cfg": cfg}, carries=0)
+        return Program(name, lambda out: call, work, (), (state, base), least, once=once)
 
     label = s.stage.upper()
     programs = [program(f"{label} step, rows of {typical}", typical, False)]
     if s.buckets[-1] != typical:
         programs.append(program(f"{label} step, longest rows ({s.buckets[-1]})", s.buckets[-1], True))
-    return Stage(s.stage, tuple(programs), {"state": state}, B, s.compute_dtype)
+    residents = {"state": state} if base is None else {"state": state, "base": base}
+    return Stage(s.stage, tuple(programs), residents, B, s.compute_dtype)
 
 
 def extraction(model: Model, place: Place, *, dtype: str, batch_tokens: int, length: int, per_document: int) -> Stage:
@@ -360,7 +398,7 @@ def extraction(model: Model, place: Place, *, dtype: str, batch_tokens: int, len
     gather = on_its_mesh(extract.gather)
     program = Program(
         f"extraction, documents of {length}",
-        lambda out: gather.lower(params, tokens, positions, cfg=trunk, layers=(model.layer,)),  # type: ignore[attr-defined]
+        lambda out: Call(gather, (params, tokens, positions), {"cfg": trunk, "layers": (model.layer,)}),
         reading(trunk, rows, length, length, split, _WIDTHS[dtype]),
         given=(params,),
     )

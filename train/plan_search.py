@@ -17,6 +17,7 @@ class Change:
     remat: bool
     accumulate: int
     mesh: MeshSettings
+    rank: int = 0  # of LoRA
 
     def flags(self, stage: str, given: Change) -> list[str]:
         """What to type for it beside the config."""
@@ -29,14 +30,21 @@ class Change:
             value = getattr(self.mesh, name)
             if value != getattr(given.mesh, name):
                 out.append(f"--config.{stage}.mesh.{name}={value}")
+        if self.rank != given.rank:
+            out.append(f"--config.lora.rank={self.rank}")
         return out
 
 
-def changes(given: Change, chips: int, rows: int, most: int = 64) -> Iterator[Change]:
+def changes(given: Change, chips: int, rows: int, most: int = 64, ranks: tuple[int, ...] = ()) -> Iterator[Change]:
     """What to try, the least intrusive first: the config as it is; recomputing blocks; micro-batches; then the same
-    with parameters split over ever more chips, and with products split too.
+    with parameters split over ever more chips, and with products split too; last all of these with LoRA of `ranks`.
 
     `rows` are the samples of a step: micro-batches, `most` at most, and shards must divide them."""
+    for rank in (given.rank, *(r for r in ranks if r != given.rank)):
+        yield from _of_rank(dataclasses.replace(given, rank=rank), chips, rows, most)
+
+
+def _of_rank(given: Change, chips: int, rows: int, most: int) -> Iterator[Change]:
     meshes = [given.mesh]
     for tensor in _powers(chips):
         for fsdp in _powers(chips // tensor):
@@ -52,7 +60,7 @@ def changes(given: Change, chips: int, rows: int, most: int = 64) -> Iterator[Ch
             continue
         for remat in sorted({given.remat, True}):
             for accumulate in sorted({given.accumulate, *_powers(most)}):
-                one = Change(remat, accumulate, mesh)
+                one = Change(remat, accumulate, mesh, given.rank)
                 divides = rows % (data * fsdp * accumulate) == 0
                 worth = remat or accumulate == given.accumulate  # recomputing costs less than a smaller batch
                 if divides and worth and accumulate >= given.accumulate and one not in seen:
@@ -73,31 +81,33 @@ def search(
     hbm: float,
     tell: Callable[[Change, str], None] = lambda change, why: None,
     most: int = 64,
+    ranks: tuple[int, ...] = (),
 ) -> tuple[Change, Report] | None:
     """The first change whose programs all fit; None where none does.
 
     `least(change)` is a lower bound of the bytes that a chip needs, InputError where the mesh does not fit the model:
     what cannot fit is not compiled. `attempt` compiles until a program does not fit."""
-    every = list(changes(given, chips, rows, most))
-    smallest: dict[tuple[MeshSettings, bool], Change] = {}
+    every = list(changes(given, chips, rows, most, ranks))
+    smallest: dict[tuple[MeshSettings, bool, int], Change] = {}
     for change in every:
-        known = smallest.setdefault((change.mesh, change.remat), change)
+        known = smallest.setdefault((change.mesh, change.remat, change.rank), change)
         if change.accumulate > known.accumulate:
-            smallest[change.mesh, change.remat] = change
-    ruled_out: set[tuple[MeshSettings, bool]] = set()
+            smallest[change.mesh, change.remat, change.rank] = change
+    ruled_out: set[tuple[MeshSettings, bool, int]] = set()
     for change in every:
-        if (change.mesh, change.remat) in ruled_out:
+        kind = change.mesh, change.remat, change.rank
+        if kind in ruled_out:
             continue
         try:
-            floor = least(smallest[change.mesh, change.remat])
+            floor = least(smallest[kind])
             needs = least(change)
         except NLAError as error:
             tell(change, str(error))
-            ruled_out |= {(change.mesh, False), (change.mesh, True)}
+            ruled_out |= {(change.mesh, remat, change.rank) for remat in (False, True)}
             continue
         if floor > hbm:
             tell(change, f"holds {floor / 2**30:.1f} GiB at least, in micro-batches however small")
-            ruled_out.add((change.mesh, change.remat))
+            ruled_out.add(kind)
         elif needs > hbm:
             tell(change, f"holds {needs / 2**30:.1f} GiB at least")
         else:

@@ -1,11 +1,12 @@
 """What the programs of a step have to do: FLOPs and bytes, counted from shapes.
 
 Only matrix products count, a multiplication and an addition as two. A backward pass does twice the products of its
-forward pass. `Work.useful` counts what the method needs: no padding, nothing recomputed, and of attention the keys
-that a query may see. `Work.computed` is what the programs do: padded rows, samples decoded to the length cap, blocks
-recomputed in the backward pass where `remat` is set, and logits always (train/logprobs.py). `Work.moved` are the bytes
-that one chip cannot but read or write for it: weights once per pass, optimizer states, caches, and the inputs and
-outputs of the products of each block.
+forward pass; with LoRA not those for the gradients of frozen weights. (The adapters' own products are left out: at
+rank 16, under a hundredth.) `Work.useful` counts what the method needs: no padding, nothing recomputed, and of
+attention the keys that a query may see. `Work.computed` is what the programs do: padded rows, samples decoded to the
+length cap, blocks recomputed in the backward pass where `remat` is set, and logits always (train/logprobs.py).
+`Work.moved` are the bytes that one chip cannot but read or write for it: weights once per pass, optimizer states,
+caches, and the inputs and outputs of the products of each block.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ class Work:
     useful: float = 0.0
     computed: float = 0.0
     moved: float = 0.0
+
+
+_NONE = Work()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +115,30 @@ def reading(
     )
 
 
-def training(read: Work, cfg: ModelConfig, size: int, split: Split, *, remat: bool, logits: float, parts: int) -> Work:
+def training(
+    read: Work, cfg: ModelConfig, size: int, split: Split, *, remat: bool, logits: float, parts: int,
+    spared: Work = _NONE,
+) -> Work:  # fmt: skip
     """One update from the forward pass `read`, of `size` parameters, in `parts` micro-batches. `logits`: tokens whose
-    logits are computed, which is done once more in the backward pass whether or not the blocks are."""
+    logits are computed, which is done once more in the backward pass whether or not the blocks are. `spared`: of
+    frozen weights, the products that would give their gradients (`products`)."""
     of_logits = 2.0 * logits * head_size(cfg)
     blocks = read.computed - of_logits
     weights = _blocks_bytes(cfg, 0, split, 2) * (parts - 1)
     passes = 3 + remat
-    moved = passes * (read.moved + weights) + _UPDATE_BYTES * size / split.chips
-    return Work(3 * read.useful, (3 + remat) * blocks + 4 * of_logits, moved)
+    moved = (passes - (spared != _NONE)) * (read.moved + weights) + _UPDATE_BYTES * size / split.chips
+    return Work(3 * read.useful - spared.useful, passes * blocks + 4 * of_logits - spared.computed, moved)
+
+
+def products(
+    cfg: ModelConfig, rows: int, useful: float, padded: float, *, useful_logits: float = 0.0,
+    padded_logits: float = 0.0, shared: int = 0,
+) -> Work:  # fmt: skip
+    """The part of `reading` that weights take part in: all but attention's own products."""
+    return Work(
+        forward(cfg, shared + rows * useful, 0, rows * useful_logits),
+        forward(cfg, shared + rows * padded, 0, rows * padded_logits),
+    )
 
 
 def decoding(cfg: ModelConfig, rows: int, lengths: Lengths, cap: int, split: Split, kv_split: int, width: int) -> Work:

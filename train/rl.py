@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from nla_jax.models.params import Params, param_specs
 from nla_jax.models.sampler import Samples, row_keys
 from nla_jax.models.sharding import DECODE, constrain, constrain_rows, lay_out, mesh_of, on_its_mesh, replicated, under
 from nla_jax.reconstructor import ARParams, reconstruct
+from nla_jax.train.adapted import trained_specs, whole
 from nla_jax.train.gradients import Batch, gradients
 from nla_jax.train.objectives import (
     advantages,
@@ -70,23 +72,45 @@ class RLConfig:
         return cls(av=av, ar=ar, stop_ids=stop_ids, **{name: getattr(settings, name) for name in own})
 
 
-@on_its_mesh
-@functools.partial(jax.jit, static_argnames=("cfg",))
-def frozen(params: Params, *, cfg: AVConfig) -> tuple[Params, Prefix | None]:
-    """An AV that is only read, as the KL reference: in the compute dtype, with its prompt's keys and values."""
-    specs = param_specs(cfg.model)
-    return lay_out(cast(params, cfg.compute_dtype), specs, cfg.model), prefix_fn(cfg)(params)
+def frozen(trained: Any, base: Params | None = None, *, cfg: AVConfig) -> tuple[Params, Prefix | None]:
+    """An AV that is only read, as the KL reference: in the compute dtype, with its prompt's keys and values.
+
+    `trained` and `base` as everywhere here: train/adapted.py. The base is shared, not copied."""
+    own, prefix = freeze(trained, base, cfg=cfg)
+    return whole(own, base, cfg.lora), prefix
 
 
 @on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def decode_layout(params: Params, *, cfg: AVConfig) -> tuple[Params, Prefix | None]:
+def freeze(trained: Any, base: Params | None = None, *, cfg: AVConfig) -> tuple[Any, Prefix | None]:
+    """What `frozen` computes: a copy of what is trained, and the prefix."""
+    specs = trained_specs("av", cfg.model, cfg.lora)
+    return lay_out(cast(trained, cfg.compute_dtype), specs, cfg.model), prefix_fn(cfg, base)(trained)
+
+
+def decode_layout(trained: Any, base: Params | None = None, *, cfg: AVConfig) -> tuple[Params, Prefix | None]:
     """The AV as the sampler wants it, once per update: in the compute dtype, with its prompt's keys and values, and
     gathered over "fsdp", which would otherwise be done for every token."""
-    specs = param_specs(cfg.model)
-    # Cast where they lie, so that what is gathered is the compute dtype.
-    narrow = lay_out(cast(params, cfg.compute_dtype), specs, cfg.model)
-    return lay_out(narrow, specs, cfg.model, DECODE), prefix_fn(cfg)(params)
+    own, gathered, prefix = lay_out_to_decode(trained, base, cfg=cfg)
+    return whole(own, base if gathered is None else gathered, cfg.lora), prefix
+
+
+@on_its_mesh
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def lay_out_to_decode(
+    trained: Any, base: Params | None = None, *, cfg: AVConfig
+) -> tuple[Any, Params | None, Prefix | None]:
+    """What `decode_layout` computes: what is trained and the base, None where it lies as the sampler wants it."""
+
+    def gathered(tree: Any, specs: Any) -> Any:
+        # Cast where they lie, so that what is gathered is the compute dtype.
+        narrow = lay_out(cast(tree, cfg.compute_dtype), specs, cfg.model)
+        return lay_out(narrow, specs, cfg.model, DECODE)
+
+    prefix = prefix_fn(cfg, base)(trained)
+    apart = base is not None and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+    shared = gathered(base, param_specs(cfg.model)) if apart else None
+    return gathered(trained, trained_specs("av", cfg.model, cfg.lora)), shared, prefix
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "samples"))
@@ -97,13 +121,19 @@ def step_keys(seed: jax.Array, step: jax.Array, *, rows: int, samples: int) -> j
 
 
 def rollout(
-    params: Params, vectors_NxD: jax.Array, keys: jax.Array, *, cfg: RLConfig, temperature: float = 1.0
+    trained: Any,
+    vectors_NxD: jax.Array,
+    keys: jax.Array,
+    base: Params | None = None,
+    *,
+    cfg: RLConfig,
+    temperature: float = 1.0,
 ) -> Samples:
     """G explanations of each vector, at temperature 1 without top-p or top-k; row n * G + g is sample g of vector n.
 
     Nothing waits for the device. Unusable vectors are replaced, so that they cannot spoil the batch."""
-    with under(mesh_of(params)):
-        av, prefix = decode_layout(params, cfg=cfg.av)
+    with under(mesh_of(trained)):
+        av, prefix = decode_layout(trained, base, cfg=cfg.av)
         return sample_explanations(
             av,
             prefix,
@@ -235,10 +265,10 @@ def _per_sample(vectors: jax.Array, norms: tuple[float, float], samples: int) ->
 
 @train_step
 def policy_step(
-    state: TrainState, batch: Batch, replay: Batch | None = None, *, cfg: RLConfig
+    state: TrainState, batch: Batch, replay: Batch | None = None, base: Params | None = None, *, cfg: RLConfig
 ) -> tuple[TrainState, Metrics]:
     """One GRPO step of the AV on a `policy_batch`. `replay`: an `av_sft` batch whose cross-entropy, times
-    `cfg.replay_av`, is added.
+    `cfg.replay_av`, is added; `base`: the frozen weights that adapters are trained on.
 
     Metrics: loss, kl (estimate per token, against the frozen AV), clipped (share of tokens past the clip),
     ratio_error (mean |rho - 1| against the sampling log-probabilities), length (tokens per sample), entropy
@@ -252,10 +282,10 @@ def policy_step(
         batch["replay"] = guarded(replay, cfg.av.norms)
         scored = jnp.maximum(jnp.sum(av_mask(batch["replay"])), 1)
 
-    def loss(params: Params, prefix: Prefix | None, micro: Batch) -> tuple[jax.Array, Metrics]:
-        params = cast(params, cfg.av.compute_dtype)
-        whole = {"tokens": _with_tail(micro["tokens"], cfg.av), "vectors": micro["vectors"]}
-        logprobs = av_logprobs(params, prefix, whole, cfg.av)[:, cfg.av.tail - 1 :]
+    def loss(trained: Any, prefix: Prefix | None, micro: Batch) -> tuple[jax.Array, Metrics]:
+        params = cast(whole(trained, base, cfg.av.lora), cfg.av.compute_dtype)
+        rows = {"tokens": _with_tail(micro["tokens"], cfg.av), "vectors": micro["vectors"]}
+        logprobs = av_logprobs(params, prefix, rows, cfg.av)[:, cfg.av.tail - 1 :]
         old = logprobs if cfg.on_policy_ratio == "self" else micro["sampled"]
         terms, _ = policy_terms(logprobs, old, micro["advantages"], cfg.clip_ratio)
         kl = kl_terms(logprobs, micro["reference"], cfg.kl)
@@ -274,7 +304,8 @@ def policy_step(
         }
         return value, sums
 
-    value, sums, grads = gradients(loss, state.params, batch, accumulate=cfg.av.accumulate, prefix=prefix_fn(cfg.av))
+    prefix = prefix_fn(cfg.av, base)
+    value, sums, grads = gradients(loss, state.params, batch, accumulate=cfg.av.accumulate, prefix=prefix)
     state, metrics = apply_gradients(state, grads, cfg.av.optim)
     length = jnp.sum(batch["lengths"] * rows) / jnp.maximum(jnp.sum(rows), 1)
     return state, {"loss": value, "length": length, **sums, **metrics}

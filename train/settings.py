@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from nla_jax.errors import InputError
+from nla_jax.errors import ConfigError, InputError
+from nla_jax.models.lora import TARGETS, LoRAConfig
 from nla_jax.models.sharding import MeshSettings
 from nla_jax.train.fields import (
     Frozen,
@@ -57,6 +58,28 @@ class OptimizerSettings:
         require(0 <= self.end <= 1, "end", "a number from 0 to 1", self.end)
         for name in ("b1", "b2"):
             require(0 <= getattr(self, name) < 1, name, "a number from 0, below 1", getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """Low-rank adapters in the place of full fine-tuning (models/lora.py)."""
+
+    rank: int = 0  # of the adapters; 0 for none: all parameters are trained
+    alpha: float = 32.0  # the change of a weight is scaled by alpha / rank
+    targets: tuple[str, ...] = tuple(TARGETS)  # projections that are adapted, by their Hugging Face names
+    rslora: bool = False  # scaled by alpha / sqrt(rank) instead
+
+    def __post_init__(self) -> None:
+        not_negative(self, "rank")
+        try:
+            LoRAConfig(max(self.rank, 1), self.alpha, self.targets, self.rslora)
+        except ConfigError as error:
+            raise InputError(error.what.removeprefix("lora."), expected=error.expected, got=error.got) from None
+
+    @property
+    def config(self) -> LoRAConfig | None:
+        """None where all parameters are trained."""
+        return LoRAConfig(self.rank, self.alpha, self.targets, self.rslora) if self.rank else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +167,7 @@ class SFTSettings(StageSettings):
     epochs: int | None = 1  # passes over the data; with `steps` above 0 too, what comes first ends training
     pack: bool = False  # several samples in rows of the last bucket's length
     optim: OptimizerSettings = OptimizerSettings()
+    lora: LoRASettings = LoRASettings()  # adapters on the frozen target, which `init` may hold already
     max_norm_ratio: float = 100.0  # a vector longer than this many injection scales is left out and counted
     transforms: tuple[tuple[str, float], ...] = ()  # (name, probability) of nla_jax.transforms, for what the AR reads
     eval_rows: int = 512  # held-out activations per evaluation; 0 for none
@@ -158,6 +182,7 @@ class SFTSettings(StageSettings):
         require(list(self.buckets) == ascending and self.buckets[0] > 0, "buckets", "ascending lengths", self.buckets)
         not_negative(self, "eval_rows")
         require(1 < self.max_norm_ratio < math.inf, "max_norm_ratio", "a number above 1", self.max_norm_ratio)
+        _check_adapted(self)
         _check_transforms(self.transforms)
         require(not self.transforms or self.stage == "ar", "transforms", "none: the AV reads no texts", self.transforms)
 
@@ -175,6 +200,7 @@ class RLSettings(StageSettings):
     max_new_tokens: int = 150  # tokens at which an explanation is cut; a cut one has failed
     av_optim: OptimizerSettings = OptimizerSettings(lr=1.41e-5, schedule="constant", warmup=0.0)
     ar_optim: OptimizerSettings = OptimizerSettings(lr=1.41e-5, schedule="constant", warmup=0.0)
+    lora: LoRASettings = LoRASettings()  # any rank above 0: the warm starts' adapters are trained on, as they are
     train_av: bool = True  # False: the AV stays as it is
     train_ar: bool = True  # False: the AR stays as it is
     reward: Literal["neg_mse", "neg_log_mse"] = "neg_mse"  # a failed sample gets that of an orthogonal guess
@@ -204,6 +230,7 @@ class RLSettings(StageSettings):
         require(self.samples >= 2, "samples", "2 or more: the reward is compared inside a group", self.samples)
         require(1 < self.max_norm_ratio < math.inf, "max_norm_ratio", "a number above 1", self.max_norm_ratio)
         require(0 <= self.replay_ar < 1, "replay_ar", "a share from 0, below 1", self.replay_ar)
+        _check_adapted(self)
         require(self.train_av or self.train_ar, "train_av, train_ar", "at least one of them True", "neither")
         _check_transforms(self.transforms)
         require(0 <= self.paraphrase <= 1, "paraphrase", "a share from 0 to 1", self.paraphrase)
@@ -212,6 +239,12 @@ class RLSettings(StageSettings):
 
 
 Settings = LMSettings | SFTSettings | RLSettings
+
+
+def _check_adapted(settings: SFTSettings | RLSettings) -> None:
+    for name in settings.optimizers() if settings.lora.rank else ():
+        rule = getattr(settings, name).name
+        require(rule == "adamw", f"{name}.name", "adamw where lora.rank is above 0: muon is for whole matrices", rule)
 
 
 def _which(settings: LMSettings) -> str:
@@ -235,8 +268,9 @@ SECTIONS: dict[str, type[Settings]] = {"lm": LMSettings, "ar": SFTSettings, "av"
 # Written once at the top level of a config for every stage that has the field; a stage's section goes before it.
 SHARED = (
     *("out", "target", "store", "eval_store", "eval_rows", "tokenizer", "seed", "param_dtype", "compute_dtype"),
-    *("remat", "logit_chunk", "log_every", "eval_every", "save_every", "keep_last", "mesh"),
+    *("remat", "logit_chunk", "log_every", "eval_every", "save_every", "keep_last", "mesh", "lora"),
 )
+_NESTED: dict[str, Any] = {"mesh": MeshSettings, "lora": LoRASettings}  # sections that a stage's own adds to
 _NEEDED = frozenset(name for cls in SECTIONS.values() for name in _needed(cls))
 LR = "lr"  # in a stage's section: the learning rate of all its optimizers
 
@@ -267,8 +301,9 @@ def from_config(config: Any, stage: str) -> Settings:
         raise InputError("stage", expected=" or ".join(SECTIONS), got=repr(stage))
     given = plain(config.to_dict() if hasattr(config, "to_dict") else config)
     top = _read(given, top_level_keys(), "config")
-    if "mesh" in top:
-        top["mesh"] = _read(top["mesh"], keys_of(MeshSettings), "config.mesh")
+    for name, inner in _NESTED.items():
+        if name in top:
+            top[name] = _read(top[name], keys_of(inner), f"config.{name}")
     sections = {name: _section(top.pop(name), SECTIONS[name], name) for name in STAGES if top.get(name) is not None}
     if stage not in sections:
         fix = f"--config.{stage}.KEY=VALUE, or nla train {' or '.join(sections)}" if sections else None
@@ -277,7 +312,9 @@ def from_config(config: Any, stage: str) -> Settings:
     fields = hints(cls)
     values = {name: value for name, value in top.items() if name in fields}
     values.update(sections[stage])
-    values["mesh"] = _mesh(top.get("mesh"), sections[stage].get("mesh"), stage)
+    for name, inner in _NESTED.items():
+        if name in fields:
+            values[name] = _nested(inner, top.get(name), sections[stage].get(name), stage)
     if cls is SFTSettings:
         values["stage"] = stage
     if cls is RLSettings and values.get("out"):
@@ -294,12 +331,14 @@ def from_config(config: Any, stage: str) -> Settings:
         raise _placed(error, "config" if shared else f"config.{stage}") from None
 
 
-def _mesh(shared: Any, own: Any, stage: str) -> MeshSettings:
-    """A stage's mesh: its section's keys before the top level's."""
+def _nested(cls: Any, shared: Any, own: Any, stage: str) -> Any:
+    """A stage's mesh or adapters: its section's keys before the top level's."""
     try:
-        return MeshSettings(**{**(shared or {}), **(own or {})})
+        return cls(**{**(shared or {}), **(own or {})})
     except InputError as error:
-        key = error.what.partition(".")[2]
+        key = error.what.rpartition(".")[2]
+        name = next(name for name, inner in _NESTED.items() if inner is cls)
+        error = InputError(f"{name}.{key}", expected=error.expected, got=error.got, fix=error.fix)
         raise _placed(error, f"config.{stage}" if key in (own or {}) else "config") from None
 
 
@@ -307,8 +346,9 @@ def _section(given: Any, cls: type[Settings], name: str) -> dict[str, Any]:
     """A stage's section with `lr` taken apart and optimizers made; only what was given."""
     where = f"config.{name}"
     values = _read(given, keys_of(cls), where)
-    if "mesh" in values:
-        values["mesh"] = _read(values["mesh"], keys_of(MeshSettings), f"{where}.mesh")
+    for key, inner in _NESTED.items():
+        if key in values:
+            values[key] = _read(values[key], keys_of(inner), f"{where}.{key}")
     lr = values.pop(LR, None)
     for optim in cls.optimizers():
         if optim in values or lr is not None:

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from nla_jax.models.cache import Prefix
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.layers import embed, precision_of
+from nla_jax.models.lora import LoRAConfig
 from nla_jax.models.params import Params
 from nla_jax.models.transformer import run_blocks
 from nla_jax.packing import inject_packed
 from nla_jax.prompt import AVPrompt
 from nla_jax.reconstructor import ARParams, reconstruct
+from nla_jax.train.adapted import whole
 from nla_jax.train.gradients import Batch, gradients
 from nla_jax.train.logprobs import token_logprobs
 from nla_jax.train.objectives import mse_nrm, replace_unusable, usable
@@ -35,7 +37,7 @@ class StepConfig:
     """What every step has: the model's shape, the update rule and the ways to save memory.
 
     `compute_dtype` is what parameters are cast to inside the step; `accumulate` micro-batches; `remat` recomputes
-    blocks in the backward pass; `chunk` tokens of logits at a time."""
+    blocks in the backward pass; `chunk` tokens of logits at a time; `lora`: what is trained are adapters."""
 
     model: ModelConfig
     optim: OptimizerSettings
@@ -43,6 +45,7 @@ class StepConfig:
     compute_dtype: str = "float32"
     remat: bool = False
     chunk: int = 1024
+    lora: LoRAConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +101,18 @@ def _predicts(batch: Batch) -> jax.Array:
 
 
 @train_step
-def ar_step(state: TrainState, batch: Batch, *, cfg: ARConfig) -> tuple[TrainState, Metrics]:
-    """One regression step of the AR: mean mse_nrm of the valid rows (an `ar_sft` batch; RL adds `weight` [B])."""
+def ar_step(
+    state: TrainState, batch: Batch, base: Params | None = None, *, cfg: ARConfig
+) -> tuple[TrainState, Metrics]:
+    """One regression step of the AR: mean mse_nrm of the valid rows (an `ar_sft` batch; RL adds `weight` [B]).
+
+    `base`: the frozen weights that adapters are trained on (train/adapted.py)."""
     batch = guarded(batch, cfg.norms)
     total = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
 
-    def loss(ar: ARParams, prefix: None, micro: Batch) -> tuple[jax.Array, Metrics]:
-        predicted = predict(cast(ar, cfg.compute_dtype), micro, cfg.model, remat=cfg.remat)
+    def loss(trained: Any, prefix: None, micro: Batch) -> tuple[jax.Array, Metrics]:
+        ar = cast(whole(trained, base, cfg.lora), cfg.compute_dtype)
+        predicted = predict(ar, micro, cfg.model, remat=cfg.remat)
         errors = mse_nrm(predicted, micro["vectors"], cfg.mse_scale)
         return jnp.sum(errors * micro["weight"]) / total, {}
 
@@ -133,23 +141,33 @@ def predict(ar: ARParams, batch: Batch, cfg: ModelConfig, *, remat: bool = False
 
 
 @train_step
-def av_step(state: TrainState, batch: Batch, *, cfg: AVConfig) -> tuple[TrainState, Metrics]:
-    """One step of cross-entropy on response and end-of-turn tokens (an `av_sft` batch), the mean over them."""
+def av_step(
+    state: TrainState, batch: Batch, base: Params | None = None, *, cfg: AVConfig
+) -> tuple[TrainState, Metrics]:
+    """One step of cross-entropy on response and end-of-turn tokens (an `av_sft` batch), the mean over them.
+
+    `base`: the frozen weights that adapters are trained on (train/adapted.py)."""
     batch = guarded(batch, cfg.norms)
     total = jnp.maximum(jnp.sum(av_mask(batch)), 1)
 
-    def loss(params: Params, prefix: Prefix | None, micro: Batch) -> tuple[jax.Array, Metrics]:
-        logprobs = av_logprobs(cast(params, cfg.compute_dtype), prefix, micro, cfg)
+    def loss(trained: Any, prefix: Prefix | None, micro: Batch) -> tuple[jax.Array, Metrics]:
+        params = cast(whole(trained, base, cfg.lora), cfg.compute_dtype)
+        logprobs = av_logprobs(params, prefix, micro, cfg)
         return -jnp.sum(jnp.where(av_mask(micro), logprobs, 0.0)) / total, {}
 
-    value, _, grads = gradients(loss, state.params, batch, accumulate=cfg.accumulate, prefix=prefix_fn(cfg))
+    prefix = prefix_fn(cfg, base)
+    value, _, grads = gradients(loss, state.params, batch, accumulate=cfg.accumulate, prefix=prefix)
     state, metrics = apply_gradients(state, grads, cfg.optim)
     return state, {"loss": value, "tokens": total, "bad_vectors": jnp.sum(batch["bad"]), **metrics}
 
 
-def prefix_fn(cfg: AVConfig) -> Any:
-    """params -> the keys and values of the prompt before its marker, in the compute dtype."""
-    return lambda params: av_prefix(cast(params, cfg.compute_dtype), cfg.prompt, cfg.model)
+def prefix_fn(cfg: AVConfig, base: Params | None = None) -> Any:
+    """What is trained -> the keys and values of the prompt before its marker, in the compute dtype."""
+
+    def prefix(trained: Any) -> Prefix | None:
+        return av_prefix(cast(whole(trained, base, cfg.lora), cfg.compute_dtype), cfg.prompt, cfg.model)
+
+    return prefix
 
 
 def av_mask(batch: Batch) -> jax.Array:

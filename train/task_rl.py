@@ -22,6 +22,8 @@ from nla_jax.processes import of_all
 from nla_jax.providers import open_provider
 from nla_jax.reconstructor import ARParams
 from nla_jax.train import evaluate, roles
+from nla_jax.train.adapted import whole
+from nla_jax.train.fields import plain
 from nla_jax.train.joint_loader import JointLoader
 from nla_jax.train.layout import make_layout
 from nla_jax.train.rl import (
@@ -69,6 +71,8 @@ class RLTask:
         self.build = open_build(settings.store)
         self.av = roles.from_checkpoint("av", settings.av, self.build)
         self.ar = roles.from_checkpoint("ar", settings.ar, self.build)
+        if settings.lora.rank:
+            self.av, self.ar = (role.on_base(settings.target) for role in (self.av, self.ar))
         if self.av.sidecar.marker in (self.ar.sidecar.ar_template or ""):
             raise SidecarError(f"{settings.ar}: its template holds the marker of the AV", fix="the AR of this AV")
         self.cfg = RLConfig.of(
@@ -83,6 +87,7 @@ class RLTask:
         self._teachers: dict[str, int] = {}  # rows of the replayed batches
         self._loader = self._loaders()
         self._reference: Any = None
+        self._base: Any = None  # with LoRA: the target's frozen weights, which AV, AR and KL reference share
         self._paraphraser: Paraphraser | None = None
         if settings.paraphrase and settings.paraphraser is not None:
             provider = open_provider(
@@ -135,9 +140,11 @@ class RLTask:
 
     def init(self) -> JointState:
         s = self.settings
+        if s.lora.rank:
+            self._base = self.av.base(s.compute_dtype, self.layout)
         av = self.av.load(s.param_dtype, self.layout)
         # A copy: the policy's buffers are donated at every update, the reference's must stay.
-        self._reference = frozen(roles.copy_of(av), cfg=self.cfg.av)
+        self._reference = frozen(roles.copy_of(av), self._base, cfg=self.cfg.av)
         ar = self.ar.load(s.param_dtype, self.layout)
         return JointState(av=create(av, s.av_optim), ar=create(ar, s.ar_optim))
 
@@ -149,17 +156,18 @@ class RLTask:
             return self._step(state, batch, number)
 
     def _step(self, state: JointState, batch: dict[str, Any], number: int) -> tuple[JointState, Metrics]:
-        s, cfg = self.settings, self.cfg
+        s, cfg, base = self.settings, self.cfg, self._base
         of_rows = self.layout.put({name: batch["rl"][name] for name in ("vectors", "valid")}, s.batch_size)
         vectors = of_rows["vectors"]
         keys = step_keys(np.uint32(s.seed), np.uint32(number), rows=s.batch_size, samples=s.samples)
-        samples = rollout(state.av.params, vectors, keys, cfg=cfg)
+        samples = rollout(state.av.params, vectors, keys, base, cfg=cfg)
         reference = reference_logprobs(*self._reference, samples, vectors, cfg=cfg)  # runs while the host parses
         found = decode_texts(samples, self.av.tokenizer, self.layout.local)
         texts = self._transformed(found.texts, number)
         ar_batch = {**self._ar_batch(texts, found), **of_rows}
-        penalty, claim_metrics = self._penalties(state.ar.params, texts, found, batch["rl"]["vectors"])
-        judged = judge(state.ar.params, ar_batch, self.layout.put(penalty, len(samples.tokens)), cfg=cfg)
+        reads = whole(state.ar.params, base, cfg.ar.lora)
+        penalty, claim_metrics = self._penalties(reads, texts, found, batch["rl"]["vectors"])
+        judged = judge(reads, ar_batch, self.layout.put(penalty, len(samples.tokens)), cfg=cfg)
         lengths = of_all({"sum": found.lengths.sum(), "n": len(found.lengths)})
         metrics: Metrics = {
             **judged.metrics,
@@ -171,7 +179,7 @@ class RLTask:
         if s.train_av:
             replay = self._on_devices("av", batch["av"]) if "av" in batch else None
             rows = policy_batch(samples, vectors, judged, reference, cfg.av.norms)
-            av, of_av = policy_step(av, rows, replay, cfg=cfg)
+            av, of_av = policy_step(av, rows, replay, base, cfg=cfg)
             skipped = of_av.pop("skipped")
             metrics |= {name if name in _PLAIN else f"av/{name}": value for name, value in of_av.items()}
             metrics["skipped"] = skipped
@@ -179,7 +187,7 @@ class RLTask:
             pairs = self._on_devices("ar", batch["ar"]) if "ar" in batch else None
             multiple = self.layout.shards * s.accumulate if self.layout.shards > 1 else 1
             rows = regression_batch(ar_batch, pairs, samples=s.samples, multiple=multiple)
-            ar, of_ar = ar_step(ar, rows, cfg=cfg.ar)
+            ar, of_ar = ar_step(ar, rows, base, cfg=cfg.ar)
             of_ar.pop("bad_vectors")
             metrics["skipped"] = metrics.get("skipped", 0) + of_ar.pop("skipped")
             metrics |= {f"ar/{name}": value for name, value in of_ar.items()}
@@ -259,7 +267,7 @@ class RLTask:
         held = self.held
         if held is None:
             return {}, []
-        read, scale = self._reader(state.ar.params), self.ar.mse_scale
+        read, scale = self._reader(whole(state.ar.params, self._base, self.ar.lora)), self.ar.mse_scale
         drawn = [self.explain(state.av.params, held.vectors, 1.0, k) for k in range(self.settings.eval_samples)]
         of_each = [evaluate.text_scores(d.texts, d.failed, held, read, scale, self.variance) for d in drawn]
         scores = {name: float(np.mean([s[name] for s, _ in of_each])) for name in of_each[0][0]}
@@ -298,7 +306,8 @@ class RLTask:
             number = np.uint32(first // size * 1000 + sample)
             with under(self.layout.mesh):
                 keys = step_keys(np.uint32(_EVAL_SEED), number, rows=size, samples=1)
-                drawn = rollout(av, self.layout.put_whole(full), keys, cfg=self.cfg, temperature=temperature)
+                given = self.layout.put_whole(full)
+                drawn = rollout(av, given, keys, self._base, cfg=self.cfg, temperature=temperature)
             found = decode_texts(drawn, self.av.tokenizer, self.layout.whole)
             n = len(some)
             parts.append(Texts(found.texts[:n], found.failed[:n], found.lengths[:n]))
@@ -310,8 +319,8 @@ class RLTask:
 
     def export(self, state: JointState, directory: Path) -> list[Path]:
         return [
-            self.av.export(state.av.params, directory, stage="rl"),
-            self.ar.export(state.ar.params, directory, stage="rl"),
+            self.av.export(state.av.params, directory, base=self._base, stage="rl"),
+            self.ar.export(state.ar.params, directory, base=self._base, stage="rl"),
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -322,6 +331,7 @@ class RLTask:
             "from": [str(self.av.path), str(self.ar.path)],
             "layer_index": self.build.layer,
             "variance_nrm": self.variance,
+            "adapters": plain([self.av.lora, self.ar.lora]),
         }
 
 

@@ -18,7 +18,9 @@ from nla_jax.loader import Loader, make_loader
 from nla_jax.models.sharding import on_its_mesh, replicated
 from nla_jax.store import Store
 from nla_jax.train import evaluate, roles
+from nla_jax.train.adapted import whole
 from nla_jax.train.evaluate import HeldOut
+from nla_jax.train.fields import plain
 from nla_jax.train.layout import make_layout
 from nla_jax.train.settings import OptimizerSettings, RLSettings, SFTSettings
 from nla_jax.train.state import Metrics, TrainState, cast, create
@@ -49,6 +51,7 @@ def step_config(settings: SFTSettings | RLSettings, role: roles.Role, build: Bui
         "remat": settings.remat,
         "chunk": settings.logit_chunk,
         "norms": norms,
+        "lora": role.lora,
     }
     if role.role == "ar":
         return ARConfig(**common, mse_scale=role.mse_scale)
@@ -86,11 +89,14 @@ class SFTTask:
         self.cfg: StepConfig = step_config(settings, self.role, self.build, settings.optim)
         self.best = ("eval/fve_nrm_teacher", "max") if self.name == "ar" else ("eval/loss", "min")
         self.held = self._held_out(settings)
+        self._base: Any = None  # with LoRA: the target's frozen weights
 
     def _role(self, settings: SFTSettings) -> roles.Role:
+        lora = settings.lora.config
         if settings.init is None:
-            return roles.from_target(self.name, settings.target, self.build)
-        return roles.from_checkpoint(self.name, settings.init, self.build)
+            return roles.from_target(self.name, settings.target, self.build, lora)
+        role = roles.from_checkpoint(self.name, settings.init, self.build)
+        return role if lora is None else role.on_base(settings.target, lora)
 
     def _held_out(self, settings: SFTSettings) -> HeldOut | None:
         if not settings.eval_rows:
@@ -98,7 +104,13 @@ class SFTTask:
         return evaluate.held_out(self.build, settings.eval_store, settings.eval_rows, explained=True)
 
     def init(self) -> TrainState:
-        return create(self.role.load(self.settings.param_dtype, self.layout), self.settings.optim)
+        s = self.settings
+        if s.lora.rank:
+            self._base = self.role.base(s.compute_dtype, self.layout)
+        return create(self.role.load(s.param_dtype, self.layout, seed=s.seed), s.optim)
+
+    def _whole(self, state: TrainState) -> Any:
+        return whole(state.params, self._base, self.role.lora)
 
     def loader(self) -> Loader:
         return self._loader
@@ -109,9 +121,9 @@ class SFTTask:
         given = {k: v for k, v in batch.items() if k not in ("row", "doc")}
         on_device = self.layout.put(given, self.settings.batch_size)
         if self.name == "ar":
-            state, metrics = ar_step(state, on_device, cfg=self.cfg)
+            state, metrics = ar_step(state, on_device, self._base, cfg=self.cfg)
             return state, {**metrics, "fve_nrm": 1.0 - metrics["loss"] / self.build.variance_nrm}
-        return av_step(state, on_device, cfg=self.cfg)
+        return av_step(state, on_device, self._base, cfg=self.cfg)
 
     def _transformed(self, batch: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
         """The AR's texts changed anew at every step; the others of the batch as they are."""
@@ -132,7 +144,7 @@ class SFTTask:
         role, size = self.role, min(self.settings.batch_size, len(held))
         width = ar_width(role.tokenizer, role.sidecar, 1)
         read = make_reader(
-            state.params,
+            self._whole(state),
             role.cfg,
             role.tokenizer,
             role.sidecar,
@@ -163,20 +175,21 @@ class SFTTask:
             buckets=settings.buckets,
             epochs=1,
         )
-        prefix = on_its_mesh(jax.jit(prefix_fn(self.cfg)))(state.params)  # type: ignore[arg-type]
+        params = self._whole(state)
+        prefix = on_its_mesh(jax.jit(prefix_fn(self.cfg)))(params)  # type: ignore[arg-type]
         for batch in batches:
             at = np.searchsorted(held.rows, np.maximum(batch["row"], held.rows[0]))
             swapped = held.vectors[other[at]]
             batch = {k: v for k, v in batch.items() if k not in ("row", "doc")}
             batch, swapped = self.layout.put_whole((batch, swapped))
-            sums += np.asarray(_av_losses(state.params, prefix, batch, swapped, cfg=self.cfg))
+            sums += np.asarray(_av_losses(params, prefix, batch, swapped, cfg=self.cfg))
         loss, shuffled = sums[0] / sums[2], sums[1] / sums[2]
         if (held.docs[other] == held.docs).any():  # too few documents for a control
             return {"eval/loss": loss}
         return {"eval/loss": loss, "eval/loss_shuffled": shuffled, "eval/loss_gain": shuffled - loss}
 
     def export(self, state: TrainState, directory: Path) -> list[Path]:
-        return [self.role.export(state.params, directory, stage=f"{self.name}_sft")]
+        return [self.role.export(state.params, directory, base=self._base, stage=f"{self.name}_sft")]
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -186,6 +199,7 @@ class SFTTask:
             "layer_index": self.build.layer,
             "variance_nrm": self.build.variance_nrm,
             "mse_floor": 2 * (1 - math.sqrt(max(0.0, 1 - self.build.variance_nrm))),
+            "adapters": plain(self.role.lora),
             "data": dataclasses.asdict(self.role.prompt) if self.name == "av" else None,
         }
 

@@ -75,6 +75,9 @@ def _predict(ar: ARParams, tokens: jax.Array, lengths: jax.Array, *, cfg: ModelC
     return constrain_rows(reconstruct(ar, tokens, lengths, cfg))
 
 
+_narrow = functools.partial(jax.jit, static_argnums=1)(cast)  # keeps an array's sharding
+
+
 def make_reader(
     ar: ARParams,
     cfg: ModelConfig,
@@ -91,7 +94,7 @@ def make_reader(
 
     Every process calls it together with the others: with the same texts, or, with `own`, each with its own, which may
     be none."""
-    ar = on_its_mesh(jax.jit(cast, static_argnums=1))(ar, compute_dtype)
+    ar = jax.tree.map(lambda x: x if x.dtype == compute_dtype else _narrow(x, compute_dtype), ar)
     batch_size = -(-batch_size // layout.shards) * layout.shards
     rows = layout.rows(batch_size)
     size = len(rows) if own else batch_size
