@@ -15,7 +15,9 @@ from nla_jax.export import copy_companions, export_dir, place_sidecar
 from nla_jax.models import hf
 from nla_jax.models.atomic import atomic_dir, check_output_dir
 from nla_jax.models.config import ModelConfig, read_hf_config
+from nla_jax.models.lora import attach, merge
 from nla_jax.models.params import Params, truncate
+from nla_jax.models.peft_io import load_adapters
 from nla_jax.orbax_dir import is_orbax_dir, orbax_role, read_orbax, write_orbax
 from nla_jax.reconstructor import init_head
 from nla_jax.sidecar import NAME as SIDECAR
@@ -45,6 +47,7 @@ def convert_dir(
     role: str = "auto",
     layer: int | None = None,
     sidecar: str | Path | None = None,
+    adapter: str | Path | None = None,
     max_shard_bytes: float = hf.MAX_SHARD_BYTES,
     overwrite: bool = False,
     bar: Bar = lambda label: nullcontext(),
@@ -54,8 +57,9 @@ def convert_dir(
     `role` "auto" is "ar" where a value head is, "av" where a sidecar is, else "model". Role "ar" of a directory that
     is no AR makes an initial one: its first `layer` + 1 blocks and an identity head. `sidecar` names a directory or
     file whose sidecar is taken (its role set to the new one) instead of the source's; an initial AR has its layer
-    from there unless `layer` is given. `dtype` None keeps what is stored. `bar(label)` gives a context with a
-    progress callback. Nothing is left behind on failure; raises an NLAError of one line."""
+    from there unless `layer` is given. `adapter` is a PEFT directory whose LoRA is added to the weights. `dtype` None
+    keeps what is stored. `bar(label)` gives a context with a progress callback. Nothing is left behind on failure;
+    raises an NLAError of one line."""
     check_output_dir(out, overwrite=overwrite)  # before the hours, not after them
     found = source_role(source)
     role = found if role == "auto" else role
@@ -78,8 +82,16 @@ def convert_dir(
         fix = "--sidecar DIR to take one from elsewhere, or --role model"
         raise InputError(f"{source} has no {SIDECAR}", expected="the AV's sidecar", fix=fix)
 
+    adapted = None
+    if adapter is not None:
+        full = ModelConfig.from_dir(source)
+        adapted = load_adapters(adapter, full if layer is None else full.truncated(layer + 1))
+
     with bar("reading") as progress:
         cfg, params, head = _load(source, dtype, found, layer, progress)
+    if adapted is not None:
+        # A Hugging Face directory is written one tensor at a time, and merged so.
+        params = (attach if to == "hf" else merge)(params, *adapted)
     hf_config = read_hf_config(source)
     if to == "orbax":
         with atomic_dir(out, overwrite=overwrite) as temporary:

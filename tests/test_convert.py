@@ -20,6 +20,9 @@ from nla_jax.errors import CheckpointError, InputError, NLAError, SidecarError
 from nla_jax.export import export_dir
 from nla_jax.models import hf
 from nla_jax.models.config import read_hf_config
+from nla_jax.models.lora import LoRAConfig, LowRank, adapter_specs
+from nla_jax.models.peft_io import save_adapters
+from nla_jax.orbax_dir import read_orbax
 from nla_jax.sidecar import read_sidecar
 from nla_jax.tools.convert import convert, parse_size
 
@@ -196,6 +199,31 @@ def test_refused_options(role, options, kind, message, sources, tmp_path):
     with pytest.raises(kind, match=message):
         raise error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_an_adapter_is_added_to_the_weights(to, sources, tmp_path):
+    cfg, base = hf.load_model(sources["av"])
+    lora = LoRAConfig(rank=2, alpha=3.0, targets=("k_proj", "up_proj"))
+    rng = np.random.default_rng(0)
+    adapters = {
+        f: LowRank(*(rng.normal(size=x.shape).astype(np.float32) for x in (p.a, p.b)))
+        for f, p in adapter_specs(cfg, lora).items()
+    }
+    save_adapters(tmp_path / "adapter", adapters, cfg, lora, base="base")
+    out = tmp_path / "out"
+    assert run(sources["av"], out, "--to", to, "--adapter", tmp_path / "adapter").exit_code == 0
+    got = (read_orbax(out) if to == "orbax" else hf.load_model(out))[1]
+    for field in ("wk", "up", "wq"):
+        want = np.asarray(getattr(base.layers, field), np.float64)
+        if field in adapters:
+            want = want + 1.5 * adapters[field].a.astype(np.float64) @ adapters[field].b
+        rounded = np.asarray(getattr(got.layers, field)).astype(np.float64)
+        np.testing.assert_allclose(rounded, want, rtol=2**-8, atol=1e-5)  # stored in bfloat16, rounded once
+    assert (out / "nla_meta.yaml").is_file() and not (out / "adapter").exists()
+    # Of another depth: nothing is read or written.
+    error = refused(sources["ar"], tmp_path / "ar", "--adapter", tmp_path / "adapter")
+    assert "adapters of 3 blocks" in str(error) and not (tmp_path / "ar").exists()
 
 
 def test_existing_output(sources, tmp_path):

@@ -25,7 +25,8 @@ def parse_size(text: str) -> float:
     epilog="\b\nExamples:\n"
     "  nla convert Qwen/Qwen2.5-7B-Instruct out/ar0 --role ar --layer 20 --sidecar out/av\n"
     "  nla convert kitft/nla-qwen2.5-7b-L20-av out/av-f32 --dtype float32\n"
-    "  nla convert out/av out/av-orbax --to orbax"
+    "  nla convert out/av out/av-orbax --to orbax\n"
+    "  nla convert Qwen/Qwen2.5-7B-Instruct out/av --adapter run/av/export/av/adapter --sidecar run/av/export/av"
 )
 @click.argument("src")
 @click.argument("dst", type=click.Path())
@@ -40,6 +41,7 @@ def parse_size(text: str) -> float:
 )
 @click.option("--layer", type=int, metavar="K", help="Where to cut an initial AR: after block K, counted from 0.")
 @click.option("--sidecar", type=click.Path(exists=True), help="Take nla_meta.yaml from this directory or file.")
+@click.option("--adapter", type=click.Path(exists=True), help="A PEFT directory: its LoRA is added to the weights.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Weight files of DST are at most this large.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is not empty.")
 def convert(
@@ -50,6 +52,7 @@ def convert(
     role: str,
     layer: int | None,
     sidecar: str | None,
+    adapter: str | None,
     max_shard_size: str,
     overwrite: bool,
 ) -> None:
@@ -71,6 +74,7 @@ def convert(
         role=role,
         layer=layer,
         sidecar=sidecar,
+        adapter=adapter,
         max_shard_bytes=size,
         overwrite=overwrite,
         bar=hub.progress_bar,
