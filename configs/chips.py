@@ -9,6 +9,9 @@ Sources, read in 2026: TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, ta
 give the interconnect in both directions it is halved. H100 SXM and H200 SXM: NVIDIA's data sheets, dense bfloat16;
 NVLink's 900 GB/s are of both directions. What a process is left of a GPU's memory is less than the published size,
 which stands here.
+
+`KINDS`: what `device_kind` of a JAX device says, in lower case, and the chip that it is. H100s on a PCIe card and in
+pairs (NVL) are slower than the SXM ones, and are not here; nor is the GH200.
 """
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -64,4 +67,16 @@ CHIPS = {
         "link_rate": 450e9,
         "names": _NODES,
     },
+}
+
+KINDS = {
+    "tpu v4": "v4",
+    "tpu v5e": "v5e",
+    "tpu v5 lite": "v5e",
+    "tpu v5p": "v5p",
+    "tpu v5": "v5p",
+    "tpu v6e": "v6e",
+    "tpu v6 lite": "v6e",
+    "nvidia h100 80gb hbm3": "h100",
+    "nvidia h200": "h200",
 }

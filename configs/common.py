@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.param_dtype = "float32"
     config.compute_dtype = "bfloat16"
-    config.remat = True
+    config.remat = "blocks"
     config.log_every = 10
     config.keep_last = 2
     config.eval_rows = 512

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.mesh = {"data": 1}  # one device, whatever the machine has: the batches are small
     config.param_dtype = "float32"
     config.compute_dtype = "float32"
-    config.remat = False
+    config.remat = "none"
     config.logit_chunk = 512
     config.log_every = 10
     config.eval_rows = 128

@@ -64,7 +64,7 @@ def run_blocks(
     edit: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     tap: tuple[Callable[..., Any], Any] | None = None,
     keep_kv: bool = False,
-    remat: bool = False,
+    remat: str = "none",
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None, Any]:
@@ -73,8 +73,9 @@ def run_blocks(
     Without a cache, the T tokens are the whole sequence after the prefix. With one, they are written to slots
     `start` .. start + T - 1 and attend to everything before them. `edit(layer, x)` may change the stream after a
     block (steering, norm-matched injection); `tap = (fn, state)` folds `state = fn(layer, x, state)` over blocks.
-    `keep_kv` returns the T tokens' own keys and values as the cache, for use as a prefix or a prefill. `remat`
-    recomputes each block in the backward pass instead of keeping its insides.
+    `keep_kv` returns the T tokens' own keys and values as the cache, for use as a prefix or a prefill. `remat` is
+    what a backward pass computes again instead of keeping it: "none", "dots" (all but the products with weights) or
+    "blocks" (everything inside a block).
 
     With `first_layer`, x is the stream after block `first_layer` - 1, and only the blocks from there on run (one at
     least): a change of the stream at one block is followed to the logits without the blocks before it. Prefix and cache
@@ -136,8 +137,8 @@ def run_blocks(
         return (constrain(x, "rows", None, None), cache, state), (kv if keep_kv else None)
 
     body = step
-    if remat:
-        body = jax.checkpoint(step, prevent_cse=False)
+    if remat != "none":
+        body = jax.checkpoint(step, prevent_cse=False, policy=_REMAT[remat])
     elif any(apart) and not all(apart):
         # Adapters of a trunk on a base that goes on: of the frozen rows no copy is kept either.
         body = jax.checkpoint(step, prevent_cse=False, policy=_but_rows)
@@ -149,6 +150,14 @@ def run_blocks(
 
 def _row(stack: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+def _weights_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps what `layers.linear` gives, which costs most to compute again."""
+    return primitive.name == "custom_vjp_call"
+
+
+_REMAT = {"blocks": None, "dots": _weights_products}
 
 
 def _but_rows(primitive: Any, *_: Any, **__: Any) -> bool:

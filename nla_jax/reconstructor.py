@@ -42,7 +42,7 @@ def init_head(d_model: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def reconstruct(
-    ar: ARParams, tokens_BxT: jax.Array, lengths_B: jax.Array, cfg: ModelConfig, *, remat: bool = False
+    ar: ARParams, tokens_BxT: jax.Array, lengths_B: jax.Array, cfg: ModelConfig, *, remat: str = "none"
 ) -> jax.Array:
     """Predicted vectors float32 [B, D] of right-padded prompts: the head applied at token lengths - 1."""
     x = run_blocks(ar.trunk, embed(ar.trunk, tokens_BxT, cfg), cfg, remat=remat)[0]

@@ -153,7 +153,7 @@ def test_a_window_counts_the_token_itself():
     np.testing.assert_array_equal(_jacobian_support("mistral", 1), expected)
 
 
-def _tail(params, tokens_BxT, cfg, P, shared, remat=False):
+def _tail(params, tokens_BxT, cfg, P, shared, remat="none"):
     """Streams after every block [L, B, T - P, D] and logits of the tokens after the first P, which all rows share."""
 
     def keep(layer, x, kept):
@@ -179,7 +179,7 @@ def test_shared_prefix_equals_unshared():
     ids[:, :P] = ids[0, :P]
 
     @functools.partial(jax.jit, static_argnames=("shared", "remat"))
-    def both(params, shared, remat=False):
+    def both(params, shared, remat="none"):
         def loss(params):
             streams, logits = _tail(params, jnp.asarray(ids), cfg, P, shared, remat)
             chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, P:, None], axis=-1)
@@ -188,7 +188,7 @@ def test_shared_prefix_equals_unshared():
         return jax.grad(loss, has_aux=True)(params)
 
     grads, (streams, logits) = both(params, shared=False)
-    grads_shared, (streams_shared, logits_shared) = both(params, shared=True, remat=True)
+    grads_shared, (streams_shared, logits_shared) = both(params, shared=True, remat="dots")
     assert relative_error(streams_shared, streams) < 1e-4
     assert relative_error(logits_shared, logits) < 1e-4
     for got, expected in zip(jax.tree.leaves(grads_shared), jax.tree.leaves(grads), strict=True):

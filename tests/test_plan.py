@@ -43,7 +43,8 @@ GIB = 2.0**30
 CHIP = Chip("toy", 1e12, 1e11, 1 * GIB, 1e11, 1e10)
 CONFIG = {**cases.CASES["qwen2"], "vocab_size": 104, "num_key_value_heads": 2, "use_sliding_window": False}
 MODEL = Model(ModelConfig.from_hf(CONFIG), 1, Lengths(11, 7, 5, 8, 2))
-RL = RLSettings(target="t", store="s", av="a", ar="b", batch_size=8, samples=2, max_new_tokens=10, steps=5, remat=True)
+RL = RLSettings(target="t", store="s", av="a", ar="b", batch_size=8, samples=2, max_new_tokens=10, steps=5)
+RL = dataclasses.replace(RL, remat="blocks")
 SFT = SFTSettings(stage="av", target="t", store="s", batch_size=16, buckets=(16, 24))
 SPLIT = MeshSettings(fsdp=2, tensor=2)
 
@@ -201,13 +202,14 @@ def test_roofline_by_hand():
 
 # The search -------------------------------------------------------------------------------------------------------
 
-GIVEN = Change(remat=False, accumulate=1, mesh=MeshSettings())
+GIVEN = Change(remat="none", accumulate=1, mesh=MeshSettings())
 
 
 def test_order_of_changes():
     every = list(changes(GIVEN, 4, 16))
     assert every[0] == GIVEN
-    assert every[1:4] == [Change(True, n, MeshSettings()) for n in (1, 2, 4)]
+    assert every[1] == Change("dots", 1, MeshSettings())
+    assert every[2:5] == [Change("blocks", n, MeshSettings()) for n in (1, 2, 4)]
     meshes = list(dict.fromkeys((c.mesh.fsdp, c.mesh.tensor) for c in every))
     assert meshes == [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]
     for change in every:  # shards and micro-batches divide the rows
@@ -217,9 +219,9 @@ def test_order_of_changes():
 
 
 def test_config_that_asks_for_more_is_kept():
-    given = Change(True, 4, MeshSettings(fsdp=2))
+    given = Change("blocks", 4, MeshSettings(fsdp=2))
     assert list(changes(given, 8, 64))[0] == given
-    assert all(c.accumulate >= 4 and c.remat for c in changes(given, 8, 64))
+    assert all(c.accumulate >= 4 and c.remat == "blocks" for c in changes(given, 8, 64))
 
 
 def finding(fits, needs=1.0):
@@ -237,19 +239,42 @@ def test_search_compiles_only_what_may_fit():
 
     def attempt(change):
         tried.append(change)
-        fits = change.accumulate >= 4
+        fits = change.remat == "blocks" and change.accumulate >= 4
         return finding(fits, 0.5 if fits else 1.5)
 
-    found = search(GIVEN, 4, 16, least, attempt, GIB, lambda change, why: told.append(why))
+    found = search(GIVEN, 4, 32, least, attempt, GIB, lambda change, why: told.append(why))
     assert found is not None
-    assert found[0] == Change(True, 4, MeshSettings(fsdp=2))
-    # One shard holds too much whatever else is changed; fsdp 2 with 1 micro-batch too, and with 2 it is compiled.
-    assert tried == [Change(True, 2, MeshSettings(fsdp=2)), found[0]]
+    assert found[0] == Change("blocks", 4, MeshSettings(fsdp=2))
+    # One shard holds too much whatever else is changed; fsdp 2 with 1 micro-batch too. Of those left the largest
+    # micro-batch is compiled, then the smallest, then those between.
+    assert [c.accumulate for c in tried] == [2, 8, 4]
     assert "holds 2.0 GiB at least, in micro-batches however small" in told
     assert "AV update needs 1.5 GiB" in told
     assert found[0].flags("rl", GIVEN) == [
-        *("--config.rl.remat=True", "--config.rl.accumulate=4", "--config.rl.mesh.fsdp=2")
+        *("--config.rl.remat=blocks", "--config.rl.accumulate=4", "--config.rl.mesh.fsdp=2")
     ]
+
+
+def test_search_for_whether_anything_fits_begins_with_what_holds_least():
+    tried = []
+
+    def attempt(change):
+        tried.append((change.mesh.fsdp, change.mesh.tensor))
+        return finding(False)
+
+    def least(change):
+        return 0.9 * GIB / (change.mesh.fsdp * change.mesh.tensor * (1 + change.mesh.tensor))
+
+    assert search(GIVEN, 4, 16, least, attempt, GIB, tries=4) is None
+    assert list(dict.fromkeys(tried)) == [(1, 4), (2, 2)]
+
+
+def test_lora_is_tried_last():
+    every = list(changes(GIVEN, 2, 16, ranks=(16,)))
+    ranks = [c.rank for c in every]
+    assert ranks == sorted(ranks) and set(ranks) == {0, 16}
+    found = search(GIVEN, 2, 16, lambda c: 0.0, lambda c: finding(c.rank == 16), GIB, ranks=(16,))
+    assert found is not None and found[0].flags("rl", GIVEN) == ["--config.lora.rank=16"]
 
 
 def test_search_that_finds_nothing():

@@ -25,6 +25,7 @@ from nla_jax.train.plan_work import (
     flops_table,
     forward,
     head_size,
+    products,
     reading,
     step_flops,
     training,
@@ -98,13 +99,24 @@ def test_sharing_a_prefix_changes_nothing_but_its_repetition():
 
 def test_training_counts_recomputation():
     read = reading(QWEN, 8, 100, 128, Split(), 2, useful_logits=50, padded_logits=64)
-    plain = training(read, QWEN, n_params(QWEN), Split(), remat=False, logits=8 * 64, parts=1)
-    remat = training(read, QWEN, n_params(QWEN), Split(), remat=True, logits=8 * 64, parts=1)
+    weights = products(QWEN, 8, 100, 128, useful_logits=50, padded_logits=64)
+
+    def update(remat, frozen=False):
+        options = {"remat": remat, "logits": 8 * 64, "parts": 1, "frozen": frozen}
+        return training(read, weights, QWEN, n_params(QWEN), Split(), **options)
+
+    plain, dots, remat = (update(kind) for kind in ("none", "dots", "blocks"))
     logits = 2.0 * 8 * 64 * head_size(QWEN)
     assert plain.useful == remat.useful == 3 * read.useful
     assert plain.computed == pytest.approx(3 * read.computed + logits)  # logits are always computed twice
     assert remat.computed == pytest.approx(4 * read.computed)
     assert remat.moved > plain.moved > 3 * read.moved
+    # Of the blocks' products, attention's own are all that is computed again: 4 T^2 / 2 H N per row and block.
+    attention = 8 * 28 * 4.0 * 28 * 128 * 128**2 / 2
+    assert dots.computed == pytest.approx(plain.computed + attention, rel=1e-6)
+    # Frozen weights: their gradients' products are not made, attention's backward pass is as before.
+    assert update("none", frozen=True).useful == pytest.approx(3 * read.useful - weights.useful)
+    assert weights.useful == pytest.approx(2.0 * 800 * (28 * block_size(QWEN)) + 2.0 * 400 * head_size(QWEN))
 
 
 def test_bytes_shrink_with_chips():

@@ -172,8 +172,8 @@ def test_shared_prefix_gradients_equal_those_of_whole_prompts(case):
     ("kind", "changes"),
     [
         ("lm", {"accumulate": 2, "chunk": 9}),
-        ("ar", {"accumulate": 4, "remat": True}),
-        ("av", {"accumulate": 4, "remat": True, "chunk": 1000}),
+        ("ar", {"accumulate": 4, "remat": "blocks"}),
+        ("av", {"accumulate": 4, "remat": "dots", "chunk": 1000}),
     ],
 )
 def test_accumulated_equals_the_whole_batch(kind, changes):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nla_jax.train.plan_slices import Slice
 
 _RANK = 16  # of LoRA where it is tried
+_TRIES = 3  # layouts of a slice that are compiled where any slice will do
 # Settings that change no program.
 _ELSEWHERE = (
     *("out", "seed", "log_every", "eval_every", "save_every", "keep_last", "target", "store", "av", "ar", "init"),
@@ -51,13 +52,17 @@ class Result:
 
 def plan_stage(run: Run, stage: str, slices: list[Slice], search: bool) -> Result:
     """One stage on the first of `slices` that it fits on, or on the last."""
-    # What is asked for is the smallest slice of the training that the config says, or how to get it onto one slice.
-    ranks = (_RANK,) if len(slices) == 1 and stage != "extract" else ()
-    for one in slices[:-1]:
-        found = _searched(run, stage, one, ranks)
+    # What is asked for is the smallest slice for the training that the config says, or how to get it onto one slice.
+    several = len(slices) > 1
+    options: dict[str, Any] = {
+        "ranks": (_RANK,) if not several and stage != "extract" else (),
+        "tries": _TRIES if several else None,
+    }
+    for one in slices if several else ():
+        found = _searched(run, stage, one, options)
         if found is not None:
             return found
-    found = _searched(run, stage, slices[-1], ranks) if search else None
+    found = _searched(run, stage, slices[-1], options) if search and not several else None
     return _as_given(run, stage, slices[-1]) if found is None else found
 
 
@@ -80,13 +85,13 @@ class _Trial:
         return least_bytes(self.built(change)[0])
 
     def attempt(self, change: Change, whole: bool = False) -> Report:
-        """Compiles what needs the most first, and stops at what does not fit unless `whole`."""
+        """Compiles the updates first, which need the most, and stops at what does not fit unless `whole`."""
         from nla_jax.train.plan import row_of, summary
 
         programs, place = self.built(change)
         compiler = None if self.why is not None else _compiler(self.run, self.stage, self.slice, change)
         rows = {}
-        for program in sorted(programs.programs, key=lambda p: p.name not in _HEAVY):
+        for program in sorted(programs.programs, key=lambda p: not p.update):
             row = rows[program.name] = row_of(program, programs, place, self.slice.chip, compiler)
             if not whole and (row.refused or row.total > self.slice.chip.hbm):
                 break
@@ -109,18 +114,20 @@ def _trial(run: Run, stage: str, one: Slice) -> _Trial:
     return _Trial(run, stage, one, why, devices_of(one) if why is None else _stand_ins(one.chips))
 
 
-def _searched(run: Run, stage: str, one: Slice, ranks: tuple[int, ...]) -> Result | None:
+def _searched(run: Run, stage: str, one: Slice, options: dict[str, Any]) -> Result | None:
     from nla_jax.train.plan_search import search
 
     trial, given, rows = _trial(run, stage, one), change_of(run, stage), _rows(run, stage)
 
     def tell(change: Change, why: str) -> None:
-        what = f"{_mesh_words(change.mesh.shape(one.chips))}, accumulate {change.accumulate}"
-        more = f"{', remat' if change.remat else ''}{f', LoRA of rank {change.rank}' if change.rank else ''}"
-        note(f"{one.name}, {what}{more}: {why}")
+        what = [_mesh_words(change.mesh.shape(one.chips)), f"accumulate {change.accumulate}", f"remat {change.remat}"]
+        lora = [f"LoRA of rank {change.rank}"] if change.rank else []
+        note(f"{one.name}, {', '.join(what + lora)}: {why}")
 
     hbm = one.chip.hbm
-    found = search(given, one.chips, rows, trial.least, trial.attempt, hbm, tell, _most(stage), ranks)
+    if trial.why is not None:
+        options = {**options, "tries": None}  # arithmetic costs nothing
+    found = search(given, one.chips, rows, trial.least, trial.attempt, hbm, tell, _most(stage), **options)
     if found is None:
         return None
     change, report = found
@@ -143,9 +150,6 @@ def _as_given(run: Run, stage: str, one: Slice) -> Result:
     return trial.result(found, **more)
 
 
-_HEAVY = ("AV update", "decode", "KL reference", "re-layout", "prefill")
-
-
 def _stand_ins(chips: int) -> list[Any]:
     """Devices for arithmetic alone: a mesh needs some, and only counts them."""
     import jax
@@ -162,7 +166,7 @@ def change_of(run: Run, stage: str) -> Change:
     from nla_jax.train.plan_search import Change
 
     if stage == "extract":  # its own options, not the config's
-        return Change(True, 1, MeshSettings())
+        return Change("blocks", 1, MeshSettings())
     settings = _settings(run, stage)
     return Change(settings.remat, settings.accumulate, settings.mesh, settings.lora.rank)
 
@@ -204,15 +208,20 @@ def _compiler(run: Run, stage: str, one: Slice, change: Change) -> Any:
     from nla_jax.train.plan import Compiler
 
     settings = {} if stage == "extract" else _settings(run, stage).to_dict()
-    kept = {name: value for name, value in settings.items() if name not in _ELSEWHERE}
-    key = [repr(run.model), kept, run.document_tokens, one.name, repr(change), versions(), _sources()]
+
+    def key(*left_out: str) -> str:
+        kept = {name: value for name, value in settings.items() if name not in (*_ELSEWHERE, *left_out)}
+        changed = {name: value for name, value in dataclasses.asdict(change).items() if name not in left_out}
+        said = [repr(run.model), kept, run.document_tokens, one.name, changed, versions(), _sources()]
+        return json.dumps(said, sort_keys=True)
+
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = home / "nla_jax" / "plan" if run.cache else None
 
     def compiling(name: str) -> None:
         note(f"compiling {name} for {one.name}, {_mesh_words(change.mesh.shape(one.chips))}")
 
-    return Compiler(json.dumps(key, sort_keys=True), directory, compiling)
+    return Compiler(key(), directory, compiling, key("remat", "accumulate"))
 
 
 def versions() -> list[str]:

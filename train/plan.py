@@ -103,11 +103,19 @@ class Report:
 class Compiler:
     """Compiles programs and keeps what was found, in files of `directory` where it is given.
 
-    `key` says all that a program's name leaves open: settings, slice, mesh, versions. `note` is told before each
+    `key` says all that a program's name leaves open: settings, slice, mesh, versions; `of_others` the same of programs
+    that are no updates, which a search over remat and accumulate need not compile again. `note` is told before each
     compilation."""
 
-    def __init__(self, key: str, directory: Path | None = None, note: Callable[[str], None] = lambda text: None):
+    def __init__(
+        self,
+        key: str,
+        directory: Path | None = None,
+        note: Callable[[str], None] = lambda text: None,
+        of_others: str | None = None,
+    ):
         self.key, self.directory, self.note = key, directory, note
+        self.of_others = key if of_others is None else of_others
         self._outputs: Outputs = {}
 
     def run(self, program: Program, stage: Stage) -> Compiled:
@@ -123,7 +131,8 @@ class Compiler:
     def _path(self, stage: Stage, program: Program) -> Path | None:
         if self.directory is None:
             return None
-        name = hashlib.sha256(f"{self.key}\0{stage.name}\0{program.name}".encode()).hexdigest()[:24]
+        key = self.key if program.update else self.of_others
+        name = hashlib.sha256(f"{key}\0{stage.name}\0{program.name}".encode()).hexdigest()[:24]
         return self.directory / f"{name}.json"
 
     def _compile(self, program: Program, stage: Stage) -> Compiled:

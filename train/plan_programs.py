@@ -69,7 +69,8 @@ class Program:
     `call(outputs)` is how it is called; `after` names the programs whose results that needs. `given` are what of the
     stage's residents is among its arguments: the rest lies beside it in memory, or `beside` where that is known to be
     less. `least`: bytes of a chip that it cannot do without, besides its arguments. `once`: it does not run in every
-    step, and so costs memory only. Residents' leaves are the arguments' own: known again by identity."""
+    step, and so costs memory only. `update`: remat and accumulate change it. Residents' leaves are the arguments' own:
+    known again by identity."""
 
     name: str
     call: Callable[[Outputs], Call]
@@ -79,6 +80,7 @@ class Program:
     least: float = 0.0
     beside: tuple[Any, ...] | None = None
     once: bool = False
+    update: bool = False
 
     def lower(self, outputs: Outputs) -> Any:
         """What `jax.jit(...).lower` gives."""
@@ -264,10 +266,8 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     logits: dict[str, Any] = {"useful_logits": lengths.response, "padded_logits": R}
     of_policy = reading(model.cfg, S, mean, cap, split, bytes_, before=lengths.marker, **logits)
     of_prefix = reading(model.cfg, 0, 0, 0, split, bytes_, shared=lengths.marker)
-    spared_av = spared_ar = Work()
-    if lora:
-        spared_av = products(model.cfg, S, mean, cap, shared=lengths.marker, **logits)
-        spared_ar = products(model.trunk, S, lengths.ar_text, width)
+    weights_av = products(model.cfg, S, mean, cap, shared=lengths.marker, **logits)
+    weights_ar = products(model.trunk, S, lengths.ar_text, width)
     of_texts = _with_head(reading(model.trunk, S, lengths.ar_text, width, split, bytes_), D, S)
     trained = Work(*(a + b for a, b in zip(_plain(of_policy), _plain(of_prefix), strict=True)))
     wide = _WIDTHS[s.param_dtype]
@@ -280,7 +280,7 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     prefilled = reading(
         model.cfg, N, lengths.tail, lengths.tail, split, bytes_, before=lengths.marker, useful_logits=1, padded_logits=1
     )
-    update: dict[str, Any] = {"remat": s.remat, "parts": s.accumulate}
+    update: dict[str, Any] = {"remat": s.remat, "parts": s.accumulate, "frozen": lora is not None}
     programs = (
         Program(
             "KL reference",
@@ -329,15 +329,17 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
         Program(
             "AV update",
             lambda out: Call(rl.policy_step, (av_state, policy_rows, replay, base), {"cfg": cfg}, carries=0),
-            training(trained, model.cfg, n_av, split, logits=float(S * R), spared=spared_av, **update),
+            training(trained, weights_av, model.cfg, n_av, split, logits=float(S * R), **update),
             given=(av_state, base),
+            update=True,
             least=kept_bytes(model.cfg, n_av, tokens, split, bytes_, remat=s.remat),
         ),
         Program(
             "AR update",
             lambda out: Call(steps.ar_step, (ar_state, regression, base), {"cfg": ar}, carries=0),
-            training(of_texts, model.trunk, n_ar, split, logits=0.0, spared=spared_ar, **update),
+            training(of_texts, weights_ar, model.trunk, n_ar, split, logits=0.0, **update),
             given=(ar_state, base),
+            update=True,
             least=kept_bytes(model.trunk, n_ar, S * width / s.accumulate, split, bytes_, remat=s.remat),
         ),
     )
@@ -368,18 +370,17 @@ def warm_start(settings: SFTSettings, model: Model, place: Place) -> Stage:
             of_logits: dict[str, Any] = {"useful_logits": lengths.response, "padded_logits": width - lengths.tail}
             once_for_all = {"shared": lengths.marker, **of_logits}
             read = reading(own, B, mean - 1, width - 1, split, bytes_, before=lengths.marker, **once_for_all)
-            spared = products(own, B, mean - 1, width - 1, **once_for_all)
+            of_weights = products(own, B, mean - 1, width - 1, **once_for_all)
         else:
             read = _with_head(reading(own, B, mean, width, split, bytes_), D, B)
-            spared = products(own, B, mean, width)
+            of_weights = products(own, B, mean, width)
         logits = float(B * (width - lengths.tail)) if of_av else 0.0
-        work = training(
-            read, own, size, split, remat=s.remat, logits=logits, parts=s.accumulate, spared=spared if lora else Work()
-        )
+        update: dict[str, Any] = {"remat": s.remat, "parts": s.accumulate, "frozen": lora is not None}
+        work = training(read, of_weights, own, size, split, logits=logits, **update)
         batch = sft_batch(s.stage, B, width, D, place)
         least = kept_bytes(own, size, B * width / s.accumulate, split, bytes_, remat=s.remat)
         call = Call(step, (state, batch, base), {"cfg": cfg}, carries=0)
-        return Program(name, lambda out: call, work, (), (state, base), least, once=once)
+        return Program(name, lambda out: call, work, (), (state, base), least, once=once, update=True)
 
     label = s.stage.upper()
     programs = [program(f"{label} step, rows of {typical}", typical, False)]

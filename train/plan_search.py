@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
 from nla_jax.errors import NLAError
 from nla_jax.models.sharding import MeshSettings
 from nla_jax.train.plan import Report
+from nla_jax.train.settings import Remat
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
     """Settings that differ from the config's: what `--search` tries."""
 
-    remat: bool
+    remat: Remat
     accumulate: int
     mesh: MeshSettings
     rank: int = 0  # of LoRA
@@ -33,6 +35,9 @@ class Change:
         if self.rank != given.rank:
             out.append(f"--config.lora.rank={self.rank}")
         return out
+
+
+_REMAT: tuple[Remat, ...] = get_args(Remat)
 
 
 def changes(given: Change, chips: int, rows: int, most: int = 64, ranks: tuple[int, ...] = ()) -> Iterator[Change]:
@@ -58,11 +63,13 @@ def _of_rank(given: Change, chips: int, rows: int, most: int) -> Iterator[Change
             data, fsdp, _ = mesh.shape(chips)
         except NLAError:
             continue
-        for remat in sorted({given.remat, True}):
+        for remat in _REMAT[_REMAT.index(given.remat) :]:
             for accumulate in sorted({given.accumulate, *_powers(most)}):
                 one = Change(remat, accumulate, mesh, given.rank)
                 divides = rows % (data * fsdp * accumulate) == 0
-                worth = remat or accumulate == given.accumulate  # recomputing costs less than a smaller batch
+                worth = (
+                    remat == "blocks" or accumulate == given.accumulate
+                )  # recomputing costs less than a smaller batch
                 if divides and worth and accumulate >= given.accumulate and one not in seen:
                     seen.add(one)
                     yield one
@@ -82,37 +89,63 @@ def search(
     tell: Callable[[Change, str], None] = lambda change, why: None,
     most: int = 64,
     ranks: tuple[int, ...] = (),
+    tries: int | None = None,
 ) -> tuple[Change, Report] | None:
     """The first change whose programs all fit; None where none does.
 
     `least(change)` is a lower bound of the bytes that a chip needs, InputError where the mesh does not fit the model:
-    what cannot fit is not compiled. `attempt` compiles until a program does not fit."""
-    every = list(changes(given, chips, rows, most, ranks))
-    smallest: dict[tuple[MeshSettings, bool, int], Change] = {}
-    for change in every:
-        known = smallest.setdefault((change.mesh, change.remat, change.rank), change)
-        if change.accumulate > known.accumulate:
-            smallest[change.mesh, change.remat, change.rank] = change
-    ruled_out: set[tuple[MeshSettings, bool, int]] = set()
-    for change in every:
-        kind = change.mesh, change.remat, change.rank
-        if kind in ruled_out:
-            continue
+    what cannot fit is not compiled. `attempt` compiles until a program does not fit. With `tries`, those that hold the
+    least go first, and so many meshes (each with every remat) are tried: to see whether any fits at all."""
+    groups = []
+    for group in _groups(changes(given, chips, rows, most, ranks)):
         try:
-            floor = least(smallest[kind])
-            needs = least(change)
+            floor = least(group[-1])
+            open_ = [change for change in group if least(change) <= hbm]
         except NLAError as error:
-            tell(change, str(error))
-            ruled_out |= {(change.mesh, remat, change.rank) for remat in (False, True)}
+            tell(group[0], str(error))
             continue
         if floor > hbm:
-            tell(change, f"holds {floor / 2**30:.1f} GiB at least, in micro-batches however small")
-            ruled_out.add(kind)
-        elif needs > hbm:
-            tell(change, f"holds {needs / 2**30:.1f} GiB at least")
+            tell(group[-1], f"holds {floor / 2**30:.1f} GiB at least, in micro-batches however small")
         else:
-            found = attempt(change)
-            if found.fits:
-                return change, found
-            tell(change, f"{found.worst.name} needs {found.worst.total / 2**30:.1f} GiB")
+            groups.append((floor, open_))
+    if tries is not None:
+        groups = sorted(groups, key=lambda g: g[0])[:tries]
+    for _, group in groups:
+        found = _largest(group, attempt, tell)
+        if found is not None:
+            return found
     return None
+
+
+def _groups(every: Iterator[Change]) -> Iterator[list[Change]]:
+    """Changes that differ in their micro-batches alone, which get smaller."""
+    groups: dict[Any, list[Change]] = {}
+    for change in every:
+        groups.setdefault((change.mesh, change.remat, change.rank), []).append(change)
+    yield from groups.values()
+
+
+def _largest(
+    group: list[Change], attempt: Callable[[Change], Report], tell: Callable[[Change, str], None]
+) -> tuple[Change, Report] | None:
+    """The first of `group` that fits. Smaller micro-batches need less, so that few of them have to be compiled: the
+    first, the last, and then the one in the middle of those between."""
+    fits: dict[int, Report] = {}
+
+    def tried(i: int) -> bool:
+        found = attempt(group[i])
+        if found.fits:
+            fits[i] = found
+        else:
+            tell(group[i], f"{found.worst.name} needs {found.worst.total / 2**30:.1f} GiB")
+        return found.fits
+
+    low, high = 0, len(group) - 1
+    if tried(0):
+        return group[0], fits[0]
+    if high == 0 or not tried(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if tried(middle) else (middle, high)
+    return group[high], fits[high]

@@ -4,7 +4,7 @@ Only matrix products count, a multiplication and an addition as two. A backward 
 forward pass; with LoRA not those for the gradients of frozen weights. (The adapters' own products are left out: at
 rank 16, under a hundredth.) `Work.useful` counts what the method needs: no padding, nothing recomputed, and of
 attention the keys that a query may see. `Work.computed` is what the programs do: padded rows, samples decoded to the
-length cap, blocks recomputed in the backward pass where `remat` is set, and logits always (train/logprobs.py).
+length cap, blocks recomputed in the backward pass as `remat` says, and logits always (train/logprobs.py).
 `Work.moved` are the bytes that one chip cannot but read or write for it: weights once per pass, optimizer states,
 caches, and the inputs and outputs of the products of each block.
 """
@@ -52,9 +52,6 @@ class Work:
     useful: float = 0.0
     computed: float = 0.0
     moved: float = 0.0
-
-
-_NONE = Work()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,18 +113,20 @@ def reading(
 
 
 def training(
-    read: Work, cfg: ModelConfig, size: int, split: Split, *, remat: bool, logits: float, parts: int,
-    spared: Work = _NONE,
+    read: Work, of_weights: Work, cfg: ModelConfig, size: int, split: Split, *, remat: str, logits: float, parts: int,
+    frozen: bool = False,
 ) -> Work:  # fmt: skip
-    """One update from the forward pass `read`, of `size` parameters, in `parts` micro-batches. `logits`: tokens whose
-    logits are computed, which is done once more in the backward pass whether or not the blocks are. `spared`: of
-    frozen weights, the products that would give their gradients (`products`)."""
+    """One update from the forward pass `read`, of `size` parameters, in `parts` micro-batches. `of_weights`: what of it
+    are products with weights (`products`), whose own gradients are not computed where they are `frozen`. `logits`:
+    tokens whose logits are computed, which is done once more in the backward pass whether or not the blocks are."""
     of_logits = 2.0 * logits * head_size(cfg)
     blocks = read.computed - of_logits
+    again = {"none": 0.0, "dots": read.computed - of_weights.computed, "blocks": blocks}[remat]
+    spared = of_weights if frozen else Work()
     weights = _blocks_bytes(cfg, 0, split, 2) * (parts - 1)
-    passes = 3 + remat
-    moved = (passes - (spared != _NONE)) * (read.moved + weights) + _UPDATE_BYTES * size / split.chips
-    return Work(3 * read.useful - spared.useful, passes * blocks + 4 * of_logits - spared.computed, moved)
+    passes = 3 + (remat == "blocks") - frozen
+    moved = passes * (read.moved + weights) + _UPDATE_BYTES * size / split.chips
+    return Work(3 * read.useful - spared.useful, 3 * blocks + again + 4 * of_logits - spared.computed, moved)
 
 
 def products(
@@ -162,11 +161,13 @@ def cache_bytes(cfg: ModelConfig, rows: int, slots: int, split: Split, kv_split:
     return 2.0 * width * cfg.n_layers * rows / split.rows * (cfg.n_kv_heads / kv_split) * slots * cfg.head_dim
 
 
-def kept_bytes(cfg: ModelConfig, size: int, tokens: float, split: Split, width: int, *, remat: bool) -> float:
+def kept_bytes(cfg: ModelConfig, size: int, tokens: float, split: Split, width: int, *, remat: str) -> float:
     """What an update cannot do without on one chip: the gradient, and of `tokens` tokens of a micro-batch what the
-    blocks keep for the backward pass: the stream before each, or the inputs of all its products."""
+    blocks keep for the backward pass: the stream before each ("blocks"), the results of its products with weights too
+    ("dots"), or the inputs of all its products."""
     D, heads = cfg.d_model, (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.head_dim
-    per_token = D if remat else 3 * D + (heads + cfg.n_heads * cfg.head_dim + 2 * cfg.d_ff) / split.tensor
+    inside = heads + 2 * cfg.d_ff + (cfg.n_heads * cfg.head_dim if remat == "none" else 0)
+    per_token = D if remat == "blocks" else 3 * D + inside / split.tensor
     return 4.0 * size / split.chips + width * cfg.n_layers * tokens / split.rows * per_token
 
 

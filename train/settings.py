@@ -30,6 +30,7 @@ from nla_jax.train.fields import (
 from nla_jax.transforms import TRANSFORMS
 
 Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "blocks"]  # ever less memory; "blocks" is about a third more work
 STAGES = ("lm", "ar", "av", "rl")
 
 
@@ -93,7 +94,7 @@ class StageSettings:
     seed: int = 0  # of everything random; step i draws from (seed, i)
     param_dtype: Dtype = "float32"  # of the parameters that are updated
     compute_dtype: Dtype = "float32"  # of matrix products; losses and norms are float32 always
-    remat: bool = False  # recompute blocks in the backward pass: less memory, about a third more work
+    remat: Remat = "none"  # computed again in the backward pass: nothing, all but weights' products, or whole blocks
     logit_chunk: int = 1024  # tokens whose logits exist at a time on a device
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between held-out evaluations beside the first and the last; 0 for none

@@ -36,14 +36,14 @@ from nla_jax.verbalizer import add_norm_matched, av_prefix, inject
 class StepConfig:
     """What every step has: the model's shape, the update rule and the ways to save memory.
 
-    `compute_dtype` is what parameters are cast to inside the step; `accumulate` micro-batches; `remat` recomputes
-    blocks in the backward pass; `chunk` tokens of logits at a time; `lora`: what is trained are adapters."""
+    `compute_dtype` is what parameters are cast to inside the step; `accumulate` micro-batches; `remat`: see
+    `models.transformer.run_blocks`; `chunk` tokens of logits at a time; `lora`: what is trained are adapters."""
 
     model: ModelConfig
     optim: OptimizerSettings
     accumulate: int = 1
     compute_dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
     chunk: int = 1024
     lora: LoRAConfig | None = None
 
@@ -130,7 +130,7 @@ def guarded(batch: Batch, norms: tuple[float, float]) -> Batch:
     return {**batch, "vectors": replace_unusable(vectors, good), "weight": weight, "bad": valid & ~good}
 
 
-def predict(ar: ARParams, batch: Batch, cfg: ModelConfig, *, remat: bool = False) -> jax.Array:
+def predict(ar: ARParams, batch: Batch, cfg: ModelConfig, *, remat: str = "none") -> jax.Array:
     """The AR's vectors for the batch's texts: float32 [B, D], or [B, V, D] of packed rows."""
     if "segments" not in batch:
         return reconstruct(ar, batch["tokens"], batch["lengths"], cfg, remat=remat)
