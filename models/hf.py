@@ -8,6 +8,7 @@ device is the CPU). Writing is the reverse. Names, shapes and dtypes are all che
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Set
@@ -23,6 +24,7 @@ from nla_jax.models.atomic import atomic_dir
 from nla_jax.models.config import ModelConfig, text_part, truncate_hf_config
 from nla_jax.models.errors import CheckpointError, ConfigError, InputError
 from nla_jax.models.hf_keys import LM_HEAD, NORM, Slot, ignorable, layout_of, leaf, slots
+from nla_jax.models.int8 import empty_stack, is_matrix, quantize_row
 from nla_jax.models.lora import Adapted
 from nla_jax.models.params import Layers, Params, param_specs
 from nla_jax.models.placing import of_row, on_host, placer, put, row_on_host
@@ -53,13 +55,15 @@ def load_model(
     head: bool = True,
     shardings: Params | None = None,
     progress: Progress | None = None,
+    int8: bool = False,
 ) -> tuple[ModelConfig, Params]:
     """Reads a causal language model from a Hugging Face directory.
 
     `dtype` is "float32", "bfloat16" or "float16"; None keeps what is stored. `n_layers` reads the first n blocks only
     and returns a config of that depth; `head=False` leaves out the final norm and lm_head. `shardings` is a tree like
     the result with a NamedSharding for each (stacked) array, whose leading axis must be unsharded: every device then
-    gets its own part of each tensor. Raises ConfigError or CheckpointError, each naming all that is wrong.
+    gets its own part of each tensor. `int8` keeps the blocks' matrices in 8 bits (models/int8.py). Raises ConfigError
+    or CheckpointError, each naming all that is wrong.
     """
     to = None if dtype is None else as_dtype(dtype)
     full = ModelConfig.from_dir(path)
@@ -70,7 +74,7 @@ def load_model(
     # A tied checkpoint may hold lm_head too; like transformers, we do not read it.
     known = {*slots(full, layout=layout), layout[1]}
     found = _match(checkpoint, wanted, known)
-    return cfg, _read(found, cfg, head, to, shardings, progress)
+    return cfg, _read(found, cfg, head, to, shardings, progress, int8)
 
 
 def load_ar(
@@ -211,6 +215,7 @@ def _read(
     dtype: np.dtype | None,
     shardings: Params | None,
     progress: Progress | None,
+    int8: bool = False,
 ) -> Params:
     """Reads the located tensors into a new tree; `dtype` None keeps each array's own (the widest of its blocks')."""
     specs = param_specs(cfg, head=head)
@@ -219,7 +224,7 @@ def _read(
         place = (slot.field, slot.layer is None)
         stored[place] = np.dtype(jnp.promote_types(stored.get(place, DTYPES[info.dtype]), DTYPES[info.dtype]))
     total, done = sum(info.nbytes for _, info in found), 0
-    arrays: dict[tuple[str, bool], jax.Array] = {}
+    arrays: dict[tuple[str, bool], Any] = {}
     for slot, info in found:
         place = (slot.field, slot.layer is None)
         to = dtype or stored[place]
@@ -228,17 +233,26 @@ def _read(
         if slot.layer is None:
             arrays[place] = put(tensor, sharding)
         else:
+            shape = leaf(specs, slot).shape
+            narrow = int8 and is_matrix(shape)
             if place not in arrays:
-                arrays[place] = jnp.zeros(leaf(specs, slot).shape, to, device=sharding)
-            row = put(tensor, of_row(sharding))
-            arrays[place] = placer(sharding)(arrays[place], row, np.int32(slot.layer))
+                empty = empty_stack(shape, to, sharding) if narrow else jnp.zeros(shape, to, device=sharding)
+                arrays[place] = empty
+            given = put(tensor, of_row(sharding))
+            row = quantize_row(given, sharding) if narrow else given
+            arrays[place] = jax.tree.map(functools.partial(_place, layer=slot.layer), arrays[place], row)
         # Without this the next tensors would be read, and held, while the copies are still under way.
-        arrays[place].block_until_ready()
+        jax.block_until_ready(arrays[place])
         done += info.nbytes
         if progress is not None:
             progress(done, total)
     layers = Layers(**{f.name: arrays.get((f.name, False)) for f in dataclasses.fields(Layers)})
     return Params(layers=layers, **{name: arrays.get((name, True)) for name in ("embed", "final_norm", "lm_head")})
+
+
+def _place(stack: jax.Array, row: jax.Array, *, layer: int) -> jax.Array:
+    at = stack.sharding if isinstance(stack.sharding, NamedSharding) else None
+    return placer(at)(stack, row, np.int32(layer))
 
 
 @dataclasses.dataclass(frozen=True)

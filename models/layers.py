@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nla_jax.models.config import ModelConfig, RopeSpec
+from nla_jax.models.int8 import Int8
 from nla_jax.models.lora import Adapted
 from nla_jax.models.params import Params
 from nla_jax.models.sharding import constrain
@@ -24,11 +25,13 @@ def precision_of(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def linear(x_BxTxI: jax.Array, w_IxO: jax.Array | Adapted, b_O: jax.Array | None = None) -> jax.Array:
+def linear(x_BxTxI: jax.Array, w_IxO: jax.Array | Adapted | Int8, b_O: jax.Array | None = None) -> jax.Array:
     """x @ w (+ b), at the precision of x; an adapted w adds its low-rank change without being merged."""
     if isinstance(w_IxO, Adapted):
-        frozen = jax.lax.stop_gradient(w_IxO.w)
-        y = _product(x_BxTxI, frozen) + _product(_product(x_BxTxI, w_IxO.a), w_IxO.b) * w_IxO.scale
+        frozen = w_IxO.w if isinstance(w_IxO.w, Int8) else jax.lax.stop_gradient(w_IxO.w)
+        y = linear(x_BxTxI, frozen) + _product(_product(x_BxTxI, w_IxO.a), w_IxO.b) * w_IxO.scale
+    elif isinstance(w_IxO, Int8):
+        y = _scaled_product(x_BxTxI, w_IxO.q, w_IxO.scale)
     else:
         y = _product(x_BxTxI, w_IxO)
     return y if b_O is None else y + b_O[None, None, :]
@@ -55,6 +58,27 @@ def _product_bwd(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax
 
 
 _product.defvjp(_product_fwd, _product_bwd)
+
+
+@jax.custom_vjp
+def _scaled_product(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [B, T, I] @ q [I, O] times the scale [1, O] of each column. It has a gradient for x alone, and keeps no wide
+    copy of q for that."""
+    return jnp.matmul(x, q.astype(x.dtype), precision=precision_of(x.dtype)) * scale[None]
+
+
+def _scaled_product_fwd(x: jax.Array, q: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+    return _scaled_product(x, q, scale), (q, scale)
+
+
+def _scaled_product_bwd(saved: tuple[Any, ...], dy: jax.Array) -> tuple[Any, None, None]:
+    q, scale = saved
+    contract = ((dy.ndim - 1,), (1,)), ((), ())
+    dx = jax.lax.dot_general(dy * scale[None], q.astype(dy.dtype), contract, precision=precision_of(dy.dtype))
+    return dx, None, None
+
+
+_scaled_product.defvjp(_scaled_product_fwd, _scaled_product_bwd)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float, plus_one: bool) -> jax.Array:

@@ -20,6 +20,7 @@ from flax import struct
 
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.errors import ConfigError
+from nla_jax.models.int8 import Int8
 from nla_jax.models.params import Layers, Params, ParamSpec, param_specs
 
 # Names in Hugging Face checkpoints and PEFT configs -> fields of `Layers`.
@@ -68,7 +69,8 @@ class LowRank:
 
 @struct.dataclass
 class Adapted:
-    """A frozen matrix with its change, in the matrix's place: `w` [..., I, O], `a` [..., I, R], `b` [..., R, O]."""
+    """A frozen matrix with its change, in the matrix's place: `w` [..., I, O] (may be an `Int8`), `a` [..., I, R],
+    `b` [..., R, O]."""
 
     w: Any
     a: Any
@@ -86,8 +88,17 @@ class Adapted:
 
     def merged(self, row: Any) -> jax.Array:
         """Block `row` [I, O] with the change added: summed in float32, stored in the matrix's dtype."""
-        w, a, b = (jax.lax.dynamic_index_in_dim(x, row, keepdims=False) for x in (self.w, self.a, self.b))
+        w, a, b = (row_of(x, row) for x in (self.w, self.a, self.b))
         return _sum(w, a, b, self.scale)
+
+
+def row_of(stack: Any, row: Any) -> jax.Array:
+    """A block's entry of a stack as a plain array: adapted ones with their change added, 8 bits made wide."""
+    if isinstance(stack, Adapted):
+        return stack.merged(row)
+    if isinstance(stack, Int8):
+        return jax.tree.map(lambda x: row_of(x, row), stack).wide().astype(stack.dtype)
+    return jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
 
 
 Adapters = dict[str, LowRank]

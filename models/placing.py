@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nla_jax.models.lora import Adapted
+from nla_jax.models.lora import row_of
 
 
 def put(tensor: np.ndarray, sharding: NamedSharding | None) -> jax.Array:
@@ -46,10 +46,10 @@ def on_host(array: Any) -> np.ndarray:
 
 
 def row_on_host(stack: Any, row: int) -> np.ndarray:
-    """One row of a stacked array, likewise; of an adapted one with its change added."""
+    """One row of a stacked array, likewise, as `models.lora.row_of` gives it."""
     if isinstance(stack, np.ndarray):
         return stack[row]
-    return np.asarray(_row(_whole(stack.w if isinstance(stack, Adapted) else stack))(stack, np.int32(row)))
+    return np.asarray(_row(_whole(jax.tree.leaves(stack)[0]))(stack, np.int32(row)))
 
 
 def _whole(array: Any) -> NamedSharding | None:
@@ -67,9 +67,4 @@ def _gather(whole: NamedSharding) -> Callable[[jax.Array], jax.Array]:
 
 @functools.lru_cache
 def _row(whole: NamedSharding | None) -> Callable[[jax.Array, Any], jax.Array]:
-    def row(stack: jax.Array | Adapted, layer: jax.Array) -> jax.Array:
-        if isinstance(stack, Adapted):
-            return stack.merged(layer)
-        return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-
-    return jax.jit(row, out_shardings=whole)
+    return jax.jit(row_of, out_shardings=whole)

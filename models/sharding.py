@@ -208,7 +208,11 @@ def lay_out(params: Any, specs: Any, cfg: ModelConfig, rules: Rules = RULES) -> 
     if mesh.empty or mesh.size == 1:
         return params
     table = rules_for(cfg, mesh, rules)
-    return jax.tree.map(lambda spec, x: constrain(x, *spec.axes, rules=table), specs, params, is_leaf=_is_spec)
+
+    def one(spec: ParamSpec, x: Any) -> Any:  # also of several arrays, where a matrix is kept in 8 bits
+        return jax.tree.map(lambda leaf: constrain(leaf, *spec.axes, rules=table), x)
+
+    return jax.tree.map(one, specs, params, is_leaf=_is_spec)
 
 
 def _is_spec(x: Any) -> bool:

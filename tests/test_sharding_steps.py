@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from step_cases import far, gradient, quick_compilation  # noqa: F401  (a fixture)
 
 from nla_jax.models.config import ModelConfig
+from nla_jax.models.int8 import is_matrix, quantize_row, stack_shardings
 from nla_jax.models.lora import LoRAConfig, adapter_specs, init_adapters
 from nla_jax.models.params import ParamSpec, param_specs, truncate
 from nla_jax.models.sharding import MeshSettings, under
@@ -167,8 +168,23 @@ def test_a_rollout_is_that_of_one_device(mesh, family):
     assert {len(s.data) for s in on_device.tokens.addressable_shards} == {N * G // shards}
 
 
+def in_8_bits(params):
+    """Parameters with their blocks' matrices in 8 bits, where their wide ones lie."""
+
+    def one(w):
+        if not is_matrix(w.shape):
+            return w
+        at = w.sharding if isinstance(w.sharding, NamedSharding) else None
+        stack = jax.tree.map(
+            lambda *rows: jnp.stack(rows), *(quantize_row(r, None) for r in jnp.asarray(jax.device_get(w)))
+        )
+        return stack if at is None else jax.device_put(jax.device_get(stack), stack_shardings(at))
+
+    return jax.tree.map(one, params)
+
+
 @functools.cache
-def adapted(mesh, family):
+def adapted(mesh, family, int8=False):
     """A rollout and an update of both models whose adapters lie on one base; the AR's on its first two blocks."""
     model = config(family)
     trunk, lora = model.truncated(2), LoRAConfig(rank=4, alpha=8.0)
@@ -179,6 +195,7 @@ def adapted(mesh, family):
         on_policy_ratio="sampled",
     )
     base = placed(mesh, family, params(family))
+    base = in_8_bits(base) if int8 else base
 
     def place(tree, specs, cfg):
         to = layout(mesh).shardings(specs, cfg)
@@ -204,10 +221,13 @@ def adapted(mesh, family):
     return jax.device_get((samples, reference, m_av["loss"], m_ar["loss"], gradient(of_av), gradient(of_ar)))
 
 
-@pytest.mark.parametrize("mesh", ["2x2x2", slow("1x4x2"), slow("8x1x1")])
-def test_adapters_on_a_shared_base_do_what_they_do_on_one_device(mesh):
-    samples, reference, av, ar, *slopes = adapted(mesh, "qwen2")
-    expected, of_reference, of_av, of_ar, *of_slopes = adapted(None, "qwen2")
+@pytest.mark.parametrize(
+    ("mesh", "int8"),
+    [("2x2x2", False), slow("2x2x2", True), slow("1x4x2", False), slow("8x1x1", False)],
+)
+def test_adapters_on_a_shared_base_do_what_they_do_on_one_device(mesh, int8):
+    samples, reference, av, ar, *slopes = adapted(mesh, "qwen2", int8)
+    expected, of_reference, of_av, of_ar, *of_slopes = adapted(None, "qwen2", int8)
     np.testing.assert_array_equal(samples.tokens, expected.tokens)
     np.testing.assert_allclose(samples.logprobs, expected.logprobs, atol=LOGPROB)
     np.testing.assert_allclose(reference, of_reference, atol=LOGPROB)

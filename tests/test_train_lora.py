@@ -17,9 +17,11 @@ from training import World, bits, lines, restored
 from nla_jax.errors import NLAError
 from nla_jax.models import hf
 from nla_jax.models.config import ModelConfig
-from nla_jax.models.lora import LoRAConfig, LowRank, init_adapters
+from nla_jax.models.int8 import Int8, is_matrix, quantize_row
+from nla_jax.models.lora import LoRAConfig, LowRank, attach, init_adapters
 from nla_jax.models.params import abstract_params
 from nla_jax.models.peft_io import load_adapters
+from nla_jax.models.transformer import forward
 from nla_jax.reconstructor import ARParams
 from nla_jax.train.state import create
 from nla_jax.train.steps import ar_step, av_step
@@ -204,3 +206,66 @@ def test_a_warm_start_goes_on_from_its_own_adapters_alone(world, warm, tmp_path)
     other = world.train("lm", tmp_path, steps=1).exports[0]
     with pytest.raises(NLAError, match="another base"):
         world.task("av", init=init, target=str(other), **WARM).init()
+
+
+def test_a_base_in_8_bits(world, tmp_path):
+    """Half of bfloat16's bytes, each weight within half a step of its column; trained on, exported, gone on with."""
+    options = {"lora": {"rank": RANK, "alpha": 6.0, "int8": True}, "optim": ADAM}
+    task = world.task("av", **options)
+    base = task.role.base("float32", int8=True)
+    _, target = hf.load_model(world.target, "float32")
+    for field in ("wq", "wo", "gate", "down"):
+        kept, w = getattr(base.layers, field), np.asarray(getattr(target.layers, field), np.float64)
+        assert kept.q.dtype == np.int8 and kept.shape == w.shape
+        step = np.abs(w).max(axis=1, keepdims=True) / 127.5  # as qwix has it
+        np.testing.assert_allclose(kept.scale, step, rtol=1e-5)
+        assert (np.abs(np.asarray(kept.wide(), np.float64) - w) <= 0.5001 * step).all()
+    np.testing.assert_array_equal(base.embed, target.embed)
+    size = sum(x.nbytes for x in jax.tree.leaves(base.layers))
+    assert size < 0.3 * sum(x.nbytes for x in jax.tree.leaves(target.layers))
+    for stage in ("ar", "av"):
+        result = world.train(stage, tmp_path, steps=4, **options)
+        assert result.reason == "finished"
+    # What is written is what was trained: the rounded weights with the adapters added.
+    merged = hf.load_model(tmp_path / "av" / "export" / "av", "float32")[1]
+    adapters, _ = load_adapters(tmp_path / "av" / "export" / "av" / "adapter", task.role.cfg)
+    a, b = (np.asarray(x, np.float64) for x in (adapters["up"].a, adapters["up"].b))
+    np.testing.assert_allclose(merged.layers.up, np.asarray(base.layers.up.wide()) + 2.0 * a @ b, atol=1e-6)
+    joint = {"lora": options["lora"], "av_optim": ADAM, "ar_optim": ADAM, "steps": 2}
+    task = world.task("rl", **pair(tmp_path), **joint)
+    assert training.quietly(task, tmp_path).reason == "finished"
+    rows = [row for row in lines(tmp_path / "rl") if "ratio_error" in row]
+    assert rows[0]["ratio_error"] < 1e-4 and abs(rows[0]["kl"]) < 1e-4
+
+
+def test_8_bits_compute_what_their_wide_matrices_do():
+    """Forward and gradient of the adapters; no wide copy is kept for the backward pass."""
+    cfg, params = cases.av_config().model, cases.params()
+    lora = LoRAConfig(rank=2, targets=("q_proj", "down_proj"))
+    narrow = params.replace(
+        layers=jax.tree.map(
+            lambda w: (
+                jax.tree.map(lambda *rows: jnp.stack(rows), *(quantize_row(r, None) for r in w))
+                if is_matrix(w.shape)
+                else w
+            ),
+            params.layers,
+        )
+    )
+    wide = jax.tree.map(lambda w: w.wide() if isinstance(w, Int8) else w, narrow, is_leaf=lambda w: isinstance(w, Int8))
+    adapters = jax.tree.map(lambda x: x + 0.05, init_adapters(cfg, lora, jax.random.key(0)))
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12)
+
+    def loss(adapters, base):
+        logits = forward(attach(base, adapters, lora), ids, cfg)
+        return jnp.mean(jnp.square(logits - jnp.roll(logits, 1, -1)))
+
+    (got, slope), (want, expected) = (jax.jit(jax.value_and_grad(loss))(adapters, base) for base in (narrow, wide))
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
+    assert cases.far(slope, expected) < 1e-4
+
+
+def test_without_qwix_it_is_said(world, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NLAError, match="nla_jax.int8"):
+        world.task("av", lora={"rank": 2, "int8": True}, optim=ADAM)

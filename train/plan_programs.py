@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from nla_jax import extract, verbalizer
-from nla_jax.models import sharding
+from nla_jax.models import int8, sharding
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.lora import LoRAConfig, n_adapter_params
 from nla_jax.models.params import ParamSpec, map_specs, n_params, param_specs
@@ -133,6 +133,13 @@ class Place:
             lambda s, at: self.array(s.shape, dtype, at.spec), specs, to, is_leaf=lambda x: isinstance(x, ParamSpec)
         )
 
+    def base(self, specs: Any, cfg: ModelConfig, settings: RLSettings | SFTSettings) -> Any:
+        """The frozen weights beside adapters, as `train.roles.Role.base` loads them."""
+        params = self.params(specs, cfg, settings.compute_dtype)
+        if not settings.lora.int8:
+            return params
+        return jax.tree.map(lambda x: int8.abstract(x) if int8.is_matrix(x.shape) else x, params)
+
     def state(self, params: Any, optim: OptimizerSettings) -> TrainState:
         """A training state of these parameters, as `train.state.create` makes it."""
 
@@ -197,7 +204,7 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     av, ar = av_config(s, model, s.av_optim), ar_config(s, model, s.ar_optim)
     cfg = rl.RLConfig.of(s, av, ar, _STOP_IDS)
     lora = s.lora.config
-    base = place.params(param_specs(model.cfg), model.cfg, s.compute_dtype) if lora else None
+    base = place.base(param_specs(model.cfg), model.cfg, s) if lora else None
     of_av, of_ar = trained_specs("av", model.cfg, lora), trained_specs("ar", model.trunk, lora)
     av_state = place.state(place.params(of_av, model.cfg, s.param_dtype), s.av_optim)
     ar_state = place.state(place.params(of_ar, model.trunk, s.param_dtype), s.ar_optim)
@@ -358,7 +365,7 @@ def warm_start(settings: SFTSettings, model: Model, place: Place) -> Stage:
     cfg: Any = (av_config if of_av else ar_config)(s, model, s.optim)
     own = model.cfg if of_av else model.trunk
     lora = s.lora.config
-    base = place.params(param_specs(own, head=of_av), own, s.compute_dtype) if lora else None
+    base = place.base(param_specs(own, head=of_av), own, s) if lora else None
     state = place.state(place.params(trained_specs(s.stage, own, lora), own, s.param_dtype), s.optim)
     size = n_trained(s.stage, own, lora)
     mean = lengths.tail + lengths.response if of_av else lengths.ar_text

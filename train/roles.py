@@ -68,14 +68,15 @@ class Role:
         """The declared parameters, as the tree that `load` gives."""
         return adapted.trained_specs(self.role, self.cfg, self.lora)
 
-    def base(self, dtype: str, layout: Layout = ONE_DEVICE) -> Params:
-        """The target's weights as adapters need them: of an AV all, of an AR its blocks."""
+    def base(self, dtype: str, layout: Layout = ONE_DEVICE, *, int8: bool = False) -> Params:
+        """The target's weights as adapters need them: of an AV all, of an AR its blocks; `int8`: models/int8.py."""
         of_av = self.role == "av"
         to = layout.shardings(param_specs(self.cfg, head=of_av), self.cfg)
         assert self.target is not None
         with progress_bar("reading target") as bar:
             n = None if of_av else self.cfg.n_layers
-            return hf.load_model(self.target, dtype, n_layers=n, head=of_av, shardings=to, progress=bar)[1]
+            options: dict[str, Any] = {"n_layers": n, "head": of_av, "int8": int8}
+            return hf.load_model(self.target, dtype, shardings=to, progress=bar, **options)[1]
 
     def load(self, dtype: str, layout: Layout = ONE_DEVICE, *, seed: int = 0) -> Any:
         """What is trained: `Params` of an AV, `ARParams` of an AR, or adapters (train/adapted.py), which `seed` draws

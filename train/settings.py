@@ -69,6 +69,7 @@ class LoRASettings:
     alpha: float = 32.0  # the change of a weight is scaled by alpha / rank
     targets: tuple[str, ...] = tuple(TARGETS)  # projections that are adapted, by their Hugging Face names
     rslora: bool = False  # scaled by alpha / sqrt(rank) instead
+    int8: bool = False  # the frozen matrices in 8 bits, half of bfloat16's memory (pip install 'nla_jax[int8]')
 
     def __post_init__(self) -> None:
         not_negative(self, "rank")

@@ -15,6 +15,7 @@ from nla_jax.build import Build, open_build
 from nla_jax.errors import InputError
 from nla_jax.evals.controls import other_documents
 from nla_jax.loader import Loader, make_loader
+from nla_jax.models.int8 import need_library
 from nla_jax.models.sharding import on_its_mesh, replicated
 from nla_jax.store import Store
 from nla_jax.train import evaluate, roles
@@ -93,6 +94,8 @@ class SFTTask:
 
     def _role(self, settings: SFTSettings) -> roles.Role:
         lora = settings.lora.config
+        if settings.lora.int8:
+            need_library()
         if settings.init is None:
             return roles.from_target(self.name, settings.target, self.build, lora)
         role = roles.from_checkpoint(self.name, settings.init, self.build)
@@ -106,7 +109,7 @@ class SFTTask:
     def init(self) -> TrainState:
         s = self.settings
         if s.lora.rank:
-            self._base = self.role.base(s.compute_dtype, self.layout)
+            self._base = self.role.base(s.compute_dtype, self.layout, int8=s.lora.int8)
         return create(self.role.load(s.param_dtype, self.layout, seed=s.seed), s.optim)
 
     def _whole(self, state: TrainState) -> Any:
