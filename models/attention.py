@@ -3,33 +3,46 @@
 Keys come in up to two parts: a *prefix* computed once and shared by every row (the constant part of an AV prompt),
 and each row's own keys. One softmax runs over both, so sharing changes no number, only the work.
 
-Two kernels. "plain" holds all scores at once and takes any positions, hence caches. "blocked" is for a sequence that
+Three kernels. "plain" holds all scores at once and takes any positions, hence caches. "blocked" is for a sequence that
 attends to itself: it walks over blocks of queries and gives each only the keys up to its own end, which halves the
-work and keeps one block's scores in memory instead of T^2.
+work and keeps one block's scores in memory instead of T^2. "flash" (flash.py) keeps no scores in memory at all, where
+the program is compiled for an accelerator that has such a kernel; elsewhere it is "blocked". NLA_FLASH=0 in the
+environment does without it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from nla_jax.models import flash
 from nla_jax.models.layers import precision_of, soft_cap
 
 # Queries per block: at least what keeps the products efficient, at most what keeps the scores small.
 _MIN_BLOCK, _MAX_BLOCK, _BLOCKS = 128, 512, 8
+_FLASH = 1024  # tokens from which "auto" is "flash"; flash.py says why
 _MASKED = -1e30  # finite, so that a row without any visible key gives a mean of values instead of NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class AttnSpec:
-    """What does not change from block to block: the score scale, the soft-cap, and the kernel ("auto" chooses)."""
+    """What does not change from block to block: the score scale, the soft-cap, and the kernel ("auto" chooses).
+
+    `windows` are all values that `window` takes in the program where it is traced: without them "auto" is not "flash",
+    whose masks are compiled in. `interpret` is for tests: "flash" is then splash attention everywhere, on other devices
+    than TPUs step by step."""
 
     scale: float
     softcap: float | None = None
     kernel: str = "auto"
+    windows: tuple[int, ...] = ()
+    interpret: bool = False
 
 
 def attend(
@@ -58,9 +71,18 @@ def attend(
     T = q_BxTxNxH.shape[1]
     assert segments is None or not cached, "packed rows have no cache"
     segs = None if segments is None else (segments, segments)
+    if isinstance(window, int):
+        spec = dataclasses.replace(spec, windows=(window,))
     kernel = spec.kernel
     if kernel == "auto":
         kernel = "plain" if cached or T <= _MIN_BLOCK else "blocked"
+        # Not in float32: those kernels do not let their products' precision be chosen (see `precision_of`).
+        long = not cached and prefix is None and T >= _FLASH and q_BxTxNxH.dtype == jnp.bfloat16
+        if long and spec.windows and os.environ.get("NLA_FLASH") != "0":
+            kernel = "flash"
+    if kernel == "flash":
+        assert not cached and prefix is None and spec.windows, "the flash kernels know neither caches nor prefixes"
+        return _flash(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, jnp.asarray(window), segments)
     if kernel == "plain":
         return _plain(q_BxTxNxH, k_BxKxSxH, v_BxKxSxH, spec, q_pos_T, k_pos_S, window, prefix, prefix_lengths, segs)
     assert not cached, "the blocked kernel needs the queries' own keys"
@@ -157,3 +179,44 @@ def _blocked(
         seg = None if segs is None else (segs[0][:, first:end], segs[1][:, :end])
         out.append(block(*own, spec, q_at, k_at, window, prefix, lengths, seg))
     return jnp.concatenate(out, axis=1)
+
+
+def _flash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: AttnSpec,
+    q_pos: jax.Array,
+    k_pos: jax.Array,
+    window: jax.Array,
+    segments: jax.Array | None,
+) -> jax.Array:
+    """What the platform has for which the program is compiled, which need not be this process's.
+
+    The positions serve "blocked" alone: the others count from a row's start, which differences do not show."""
+    (_, T, N, H), K = q.shape, k.shape[1]
+
+    def blocked(q, k, v, segments, window, q_pos, k_pos):
+        segs = None if segments is None else (segments, segments)
+        return _blocked(q, k, v, spec, q_pos, k_pos, window, None, None, segs)
+
+    def of(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        split = flash.on_mesh(flash.with_window(kernel, spec.windows, T))
+        return lambda q, k, v, segments, window, q_pos, k_pos: split(q, k, v, segments, window)
+
+    splash = functools.partial(flash.splash, scale=spec.scale, softcap=spec.softcap)
+    kernels, otherwise = {}, blocked
+    if flash.splits(N, K):
+        kernels["tpu"] = of(splash)
+        if spec.interpret:
+            otherwise = of(functools.partial(splash, interpret=True))
+        elif flash.cudnn_takes(q.dtype, H, spec.softcap, segments is not None):
+            kernels["cuda"] = of(functools.partial(flash.cudnn, scale=spec.scale))
+
+    # Rematerialised: the backward pass would otherwise be handed what each platform's kernel keeps, zeros for all but
+    # one of them.
+    @jax.checkpoint
+    def run(*args):
+        return jax.lax.platform_dependent(*args, default=otherwise, **kernels)
+
+    return run(q, k, v, segments, window, q_pos, k_pos)

@@ -225,7 +225,7 @@ def _block(
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     own = (k, v)
     k, v, cache = keys_and_values(k, v)
-    spec = AttnSpec(scale=cfg.query_scale, softcap=cfg.attn_softcap)
+    spec = AttnSpec(scale=cfg.query_scale, softcap=cfg.attn_softcap, windows=cfg.windows)
     y = attend(
         q,
         k,
