@@ -4,6 +4,7 @@
     tools/bench.py data [--quick]         extraction, loader, memory (bench_data.py)
     tools/bench.py train [--rounds 3]     AV and AR supervised steps, joint RL step (bench_train.py)
     tools/bench.py eval [--rounds 3]      activations evaluated: AV sample, AR read, fve (bench_eval.py)
+    tools/bench.py device [--stage av,ar,rl,extract]   training's programs on an accelerator (bench_device.py)
 
 `infer` runs three programs on random weights of the released Qwen2.5-7B pair's shape at reduced width (28 blocks,
 layer 20, prompt of 125 tokens with the marker at 111, 150 response tokens, 126-token AR prompts):
@@ -133,7 +134,7 @@ class _Benchmarks(click.Group):
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["infer", "data", "train", "eval"]
+        return ["infer", "data", "train", "eval", "device"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "data":
@@ -148,6 +149,10 @@ class _Benchmarks(click.Group):
             from nla_jax.tools import bench_eval
 
             return bench_eval.main
+        if cmd_name == "device":
+            from nla_jax.tools import bench_device
+
+            return bench_device.main
         return super().get_command(ctx, cmd_name)
 
 
