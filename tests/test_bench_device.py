@@ -21,7 +21,7 @@ from nla_jax.tools.bench_device_report import as_json, chip_of, limits_of, lines
 from nla_jax.tools.bench_device_run import DoesNotFitError, Measured, Runner, Timing, measure
 from nla_jax.tools.plan import target_model
 from nla_jax.train import rl, steps
-from nla_jax.train.plan_programs import Call, Model, Program, Stage, make_place
+from nla_jax.train.plan_stage import Call, Model, Program, Stage, make_place
 from nla_jax.train.plan_work import Lengths, Work
 
 CONFIG = {**cases.CASES["qwen2"], "vocab_size": 160, "num_hidden_layers": 2, "use_sliding_window": False}

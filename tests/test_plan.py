@@ -33,9 +33,10 @@ from nla_jax.train.plan import (
     roofline,
     row_of,
 )
-from nla_jax.train.plan_programs import Call, Model, extraction, joint_rl, make_place, n_ar_params, warm_start
+from nla_jax.train.plan_programs import extraction, joint_rl, n_ar_params, warm_start
 from nla_jax.train.plan_search import Change, changes, search
 from nla_jax.train.plan_slices import Chip, larger, parse_slice, why_not
+from nla_jax.train.plan_stage import Call, Model, make_place
 from nla_jax.train.plan_work import Lengths, Work, tree_bytes
 from nla_jax.train.settings import LoRASettings, RLSettings, SFTSettings
 

@@ -24,7 +24,7 @@ from nla_jax.tools.train import StageCommand
 if TYPE_CHECKING:
     from nla_jax.tools.bench_device_report import Limits, Summary
     from nla_jax.tools.bench_device_run import Measured
-    from nla_jax.train.plan_programs import Model
+    from nla_jax.train.plan_stage import Model
 
 STAGES = ("av", "ar", "rl", "extract")
 DOES_NOT_FIT = 3  # exit code, as of `nla plan`

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nla_jax.train.plan_programs import Call
+from nla_jax.train.plan_stage import Call
 
 Path = tuple[str, ...]
 _SUFFIX = re.compile(r"_[A-Z](x[A-Z])*$")  # vectors_NxD

@@ -20,7 +20,7 @@ import numpy as np
 from nla_jax.models.sampler import Samples
 from nla_jax.tools.bench_device_arrays import filled, make, named
 from nla_jax.train.plan import beside_bytes, least_bytes, peak_bytes, refused_bytes
-from nla_jax.train.plan_programs import Call, Program, Stage
+from nla_jax.train.plan_stage import Call, Program, Stage
 from nla_jax.train.plan_work import Work
 
 

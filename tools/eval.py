@@ -10,6 +10,7 @@ import click
 from nla_jax.errors import InputError
 from nla_jax.tools import options as o
 from nla_jax.tools.options import FILE, options
+from nla_jax.tools.processes import PROCESSES, together
 
 OUT = Path("eval")  # where results go unless --out says otherwise
 _COUNT = click.IntRange(min=1)
@@ -77,6 +78,12 @@ _REFERENCE = options(
     click.option("--file", type=FILE, metavar="PATH", help="With --like-reference: a UTF-8 file."),
     click.option("--chat", type=FILE, metavar="PATH", help="With --like-reference: a chat in JSON."),
 )
+_SPLIT = options(
+    click.option("--fsdp", type=_COUNT, default=1, show_default=True, help="Devices that each model is split over."),
+    click.option(
+        "--tensor", type=_COUNT, default=1, show_default=True, help="Devices that its heads and MLP are split over."
+    ),
+)
 
 
 @click.command(
@@ -92,6 +99,8 @@ _REFERENCE = options(
 @_PROVIDER
 @_REFERENCE
 @o.COMPUTE
+@_SPLIT
+@PROCESSES
 @click.pass_context
 def eval(
     ctx: click.Context,
@@ -112,6 +121,11 @@ def eval(
 
     The same command again goes on where it was stopped: a suite that is done with the same models, data and settings
     is not done again, nor is an explanation drawn twice.
+
+    All devices take part. A model larger than one of them is split by --tensor, within a host, or by --fsdp, which
+    gathers every block's weights as they are needed. Several hosts run the same command: on TPU pods, in Slurm and in
+    Kubernetes they find each other. The first writes OUT; where one is lost the others end, with 75 or by SIGABRT
+    (134): run it again on all.
     """
     o.check_variance(variance)
     if like_reference:
@@ -129,8 +143,24 @@ def _evaluate(
     given: dict[str, str | None],
     variance: float | None,
     *,
-    data: str,
     suites: str | None,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    heartbeat: int,
+    **settings: Any,
+) -> None:
+    names = suite_names(suites)
+    with together(coordinator, num_processes, process_id, heartbeat):
+        _together(given, variance, names, **settings)
+
+
+def _together(
+    given: dict[str, str | None],
+    variance: float | None,
+    names: list[str] | None,
+    *,
+    data: str,
     out: Path | None,
     beside: Path | None,
     n: int,
@@ -152,21 +182,25 @@ def _evaluate(
     batch_size: int | None,
     dtype: str | None,
     low_memory: bool,
+    fsdp: int,
+    tensor: int,
     **_: Any,
 ) -> None:
-    from nla_jax.evals import run
+    """What each of the processes does; the first of them writes and prints."""
+    from nla_jax.evals import hosts, run
     from nla_jax.evals.context import Context
     from nla_jax.evals.dataset import open_data
-    from nla_jax.tools import eval_report, outputs, tables
-    from nla_jax.tools.eval_report_page import page
+    from nla_jax.models.sharding import MeshSettings
+    from nla_jax.tools import eval_report
 
-    names = suite_names(suites)
-    earlier = None if beside is None else eval_report.read_results(beside, "--beside")
+    note = hosts.noted(o.note)
+    earlier = hosts.by_first(lambda: None if beside is None else eval_report.read_results(beside, "--beside"))
     out = OUT if out is None else out
     writer = _writer(teacher, base_url, key_env, answers or out / "answers", languages, concurrency, rpm)
     nla = _open(given, dtype, variance, low_memory)
     assert nla.av is not None and nla.ar is not None
-    o.setup_of("eval", nla, given, dtype, {})
+    if hosts.first():
+        o.setup_of("eval", nla, given, dtype, {})
     found = open_data(
         data,
         layer=nla.ar.layer_index,
@@ -187,25 +221,36 @@ def _evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        split=MeshSettings(fsdp=fsdp, tensor=tensor),
         progress=o.progress(),
-        note=o.note,
+        note=note,
     )
     if nla.variance_nrm is None:
-        o.note(f"fve_nrm denominator {context.variance:.4g} ({context.variance_source})")
+        note(f"fve_nrm denominator {context.variance:.4g} ({context.variance_source})")
     arguments = getattr(click.get_current_context().find_root().obj, "arguments", ())
     settings: dict[str, dict[str, Any]] = {"agreement": {"k": k}, "best-of-k": {"k": k}}
     if writer is not None:
         settings["robustness"] = {"provider": writer}
     try:
-        results = run.evaluate(context, names, out, settings, given=given, command=("nla", *arguments), note=o.note)
+        results = run.evaluate(context, names, out, settings, given=given, command=("nla", *arguments), note=note)
     except KeyboardInterrupt:
-        o.note(f"what is done is kept in {out}; the same command goes on from there")
+        note(f"what is done is kept in {out}; the same command goes on from there")
         raise
+    if hosts.first():
+        _show(results, earlier, out)
+
+
+def _show(results: dict[str, Any], earlier: dict[str, Any] | None, out: Path) -> None:
+    """Writes the report and prints the table."""
+    from nla_jax.evals.run import RESULTS
+    from nla_jax.tools import eval_report, outputs, tables
+    from nla_jax.tools.eval_report_page import page
+
     count = len(results["suites"])
     what = f"{count} suite{'s' if count != 1 else ''}"
     outputs.write(out / "results.md", lambda p: _text(p, eval_report.markdown(results, earlier)), what)
     outputs.write(out / "report.html", lambda p: _text(p, page(results, earlier)), what)
-    o.note(f"wrote {out / run.RESULTS}, and the data of each suite beside it")
+    o.note(f"wrote {out / RESULTS}, and the data of each suite beside it")
     for table, lines in eval_report.tables(results, earlier):
         tables.show(table, [*lines, ""])
     for left in results["skipped"]:
@@ -284,6 +329,11 @@ def _like_reference(
     batch_size: int | None,
     dtype: str | None,
     low_memory: bool,
+    fsdp: int,
+    tensor: int,
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
     **_: Any,
 ) -> None:
     """Explains one text token by token and shows the reference's columns."""
@@ -291,6 +341,8 @@ def _like_reference(
     from nla_jax.tools import outputs, tables
     from nla_jax.tools.inputs import read_source
 
+    if fsdp * tensor > 1 or (coordinator, num_processes, process_id) != (None, None, None):
+        raise InputError("--like-reference", expected="one process, and models whole on one device", got="several")
     for name, value in (("--data", data), ("--suite", suites)):
         if value is not None:
             raise InputError("--like-reference", expected="one text", got=name, fix=f"leaving {name} out")

@@ -12,8 +12,8 @@ from nla_jax.tools.train import StageCommand
 
 if TYPE_CHECKING:
     from nla_jax.tools.plan_run import Result, Run
-    from nla_jax.train.plan_programs import Model
     from nla_jax.train.plan_slices import Slice
+    from nla_jax.train.plan_stage import Model
 
 STAGES = ("rl", "av", "ar", "extract")
 DOES_NOT_FIT = 3  # exit code
@@ -103,7 +103,7 @@ def target_model(config: Any, layer: int | None, response_tokens: int) -> Model:
     from nla_jax.configs.architectures import ARCHITECTURES
     from nla_jax.configs.released import RELEASED
     from nla_jax.models.config import ModelConfig
-    from nla_jax.train.plan_programs import Model
+    from nla_jax.train.plan_stage import Model
     from nla_jax.train.plan_work import Lengths
 
     target = config.get("target")

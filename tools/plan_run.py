@@ -15,9 +15,9 @@ from nla_jax.tools.options import note
 
 if TYPE_CHECKING:
     from nla_jax.train.plan import Report
-    from nla_jax.train.plan_programs import Model
     from nla_jax.train.plan_search import Change
     from nla_jax.train.plan_slices import Slice
+    from nla_jax.train.plan_stage import Model
 
 _RANK = 16  # of LoRA where it is tried
 _TRIES = 3  # layouts of a slice that are compiled where any slice will do
@@ -191,7 +191,8 @@ def _most(stage: str) -> int:
 
 def stage_of(run: Run, stage: str, change: Change, devices: list[Any]) -> tuple[Any, Any]:
     """A stage's programs on `devices`, and where they lie."""
-    from nla_jax.train.plan_programs import extraction, joint_rl, make_place, warm_start
+    from nla_jax.train.plan_programs import extraction, joint_rl, warm_start
+    from nla_jax.train.plan_stage import make_place
 
     place = make_place(change.mesh, devices)
     if stage == "extract":
@@ -242,7 +243,7 @@ def _sources() -> str:
     digest = hashlib.sha256()
     for package in (models, nla_jax, train):
         for path in sorted(Path(str(package.__file__)).parent.glob("*.py")):
-            if path.stem.startswith("plan") and path.stem not in ("plan_programs", "plan_hlo"):
+            if path.stem.startswith("plan") and path.stem not in ("plan_programs", "plan_stage", "plan_hlo"):
                 continue  # looks at programs, and makes none
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -15,8 +15,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from nla_jax.tools.plan_run import Result
     from nla_jax.train.plan import Report, Row
-    from nla_jax.train.plan_programs import Model
     from nla_jax.train.plan_slices import Slice
+    from nla_jax.train.plan_stage import Model
 
 _GIB, _GB = 2.0**30, 1e9
 

@@ -20,8 +20,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nla_jax.train.plan_hlo import collectives, sent
-from nla_jax.train.plan_programs import Outputs, Place, Program, Stage
 from nla_jax.train.plan_slices import Chip
+from nla_jax.train.plan_stage import Outputs, Place, Program, Stage
 from nla_jax.train.plan_work import Work, tree_bytes
 
 _BOUNDS = ("compute", "memory", "links")
