@@ -10,14 +10,16 @@ import dataclasses
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from nla_jax.errors import CheckpointError, ConfigError, SidecarError
 from nla_jax.hub import progress_bar
 from nla_jax.models import hf
 from nla_jax.models.config import ModelConfig
-from nla_jax.models.params import Params
+from nla_jax.models.params import Params, param_specs
+from nla_jax.models.sharding import DECODE, shardings
 from nla_jax.prompt import AVPrompt, build_av_prompt
-from nla_jax.reconstructor import ARParams
+from nla_jax.reconstructor import ARParams, ar_specs
 from nla_jax.sidecar import Sidecar, read_sidecar
 from nla_jax.tokenizer import Tokenizer
 from nla_jax.verbalizer import av_prefix_jit
@@ -26,6 +28,14 @@ from nla_jax.verbalizer import av_prefix_jit
 def default_dtype(path: Path) -> str:
     """The stored dtype on GPU and TPU; float32 on CPU, where half precision is slower and saves only memory."""
     return "float32" if jax.default_backend() == "cpu" else str(hf.hf_dtype(path))
+
+
+def writer_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
+    """Where the parameters of a model that writes lie: split over the mesh, so that none has to fit one device.
+
+    Its embedding alone is whole along D: `models.layers.embed` looks single tokens up so."""
+    specs = param_specs(cfg)
+    return shardings(specs, cfg, mesh).replace(embed=shardings(specs, cfg, mesh, DECODE).embed)
 
 
 @dataclasses.dataclass
@@ -92,10 +102,17 @@ class AV:
         self.prompt = build_av_prompt(self.tokenizer, self.sidecar)
         self.stop_ids = _stop_ids(self.path, self.tokenizer)
 
+    def load(self, mesh: Mesh | None = None) -> Params:
+        """The parameters, read from their files; on a mesh every device gets its part alone."""
+        to = None if mesh is None else writer_shardings(self.cfg, mesh)
+        dtype = self.dtype or default_dtype(self.path)
+        with progress_bar("reading AV") as bar:
+            return hf.load_model(self.path, dtype, shardings=to, progress=bar)[1]
+
     def params(self) -> Params:
+        """The parameters on one device, read once."""
         if self._params is None:
-            with progress_bar("reading AV") as bar:
-                self._params = hf.load_model(self.path, self.dtype or default_dtype(self.path), progress=bar)[1]
+            self._params = self.load()
         return self._params
 
     def prefix(self):
@@ -150,11 +167,19 @@ class AR:
     def layer_index(self) -> int:
         return self.cfg.n_layers - 1
 
+    def load(self, mesh: Mesh | None = None) -> ARParams:
+        """The parameters, read from their files; on a mesh every device gets its part alone."""
+        to = None if mesh is None else shardings(ar_specs(self.cfg), self.cfg, mesh)
+        trunk_to, head_to = (None, None) if to is None else (to.trunk, to.head)
+        dtype = self.dtype or default_dtype(self.path)
+        with progress_bar("reading AR") as bar:
+            _, trunk, head = hf.load_ar(self.path, dtype, shardings=trunk_to, head_sharding=head_to, progress=bar)
+        return ARParams(trunk=trunk, head=head)
+
     def params(self) -> ARParams:
+        """The parameters on one device, read once."""
         if self._params is None:
-            with progress_bar("reading AR") as bar:
-                _, trunk, head = hf.load_ar(self.path, self.dtype or default_dtype(self.path), progress=bar)
-            self._params = ARParams(trunk=trunk, head=head)
+            self._params = self.load()
         return self._params
 
     def release(self) -> None:

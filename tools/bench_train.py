@@ -1,11 +1,12 @@
 """Time and memory of training steps on this machine, against an equivalent PyTorch program and the hardware.
 
-    tools/bench.py train [--only av,ar,rl] [--rounds 3] [--json out.json]
+    tools/bench.py train [--only av,whole,ar,rl] [--rounds 3] [--json out.json]
 
 Three programs on random weights of the released Qwen2.5-7B pair's shape at reduced width (12 of 28 blocks, K at 3/4,
 the vocabulary reduced as the width), float32, AdamW, the released prompt (125 tokens, marker at 111):
 
 * av: one supervised step of the AV, responses of 120 to 146 tokens;
+* whole: the same with the whole prompt in every row, to see what is gained without sharing it;
 * ar: one supervised step of the AR, prompts of 101 to 126 tokens;
 * rl: one joint step: a rollout of `--samples` explanations of `--cap` tokens for each of `--activations` vectors,
   rewards, reference log-probabilities, an update of the AV and one of the AR. Text is passed on as token ids on both
@@ -57,7 +58,7 @@ OURS, TORCH = "nla_jax.tools.bench_train_ours", "nla_jax.tools.bench_train_torch
 AR_START, AR_END = 15, 6
 RESPONSES, AR_TEXTS = (120, 146), (101, 126)
 LR = 1e-5
-NAMES = {"av": "AV SFT", "ar": "AR SFT", "rl": "joint RL"}
+NAMES = {"av": "AV SFT", "whole": "AV SFT, unshared", "ar": "AR SFT", "rl": "joint RL"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,18 +161,19 @@ def work(name: str, shapes: Shapes, cfg: ModelConfig, data: dict[str, np.ndarray
         return Work(len(lengths), total, total, total, flops, flops, flops, moved * ar_size)
     own = PROMPT - MARKER
     prefix = forward_flops(cfg, MARKER, MARKER / 2)
-    if name == "av":
+    if name in ("av", "whole"):
         B, responses = shapes.batch, int(data["response_lengths"].sum())
         mean = responses / B
         rest = forward_flops(cfg, B * own + responses, (PROMPT + mean + MARKER) / 2, head_tokens=responses)
         unshared = rest + B * prefix
         all_logits = forward_flops(cfg, 0, 0, head_tokens=B * PROMPT)
+        shared = name == "av"
         return Work(
             samples=B,
             tokens=B * PROMPT + responses,
-            forward_tokens=MARKER + B * own + responses,
+            forward_tokens=MARKER * (1 if shared else B) + B * own + responses,
             unshared_tokens=B * PROMPT + responses,
-            flops=3 * (prefix + rest),
+            flops=3 * (prefix + rest) if shared else 3 * unshared,
             unshared_flops=3 * unshared,
             torch_flops=3 * (unshared + all_logits),
             optimizer_bytes=moved * av_size,

@@ -16,14 +16,18 @@ import numpy as np
 
 from nla_jax.host_memory import keep_freed_memory
 from nla_jax.models import hf
+from nla_jax.models.layers import embed
+from nla_jax.models.transformer import run_blocks
 from nla_jax.prompt import AVPrompt
 from nla_jax.reconstructor import ARParams, init_head
 from nla_jax.tools.bench_worker import serve, timed
 from nla_jax.train import rl
+from nla_jax.train.gradients import gradients
 from nla_jax.train.logprobs import token_logprobs
 from nla_jax.train.settings import OptimizerSettings
-from nla_jax.train.state import TrainState, apply_gradients, create
+from nla_jax.train.state import TrainState, apply_gradients, create, train_step
 from nla_jax.train.steps import ARConfig, AVConfig, ar_step, av_step
+from nla_jax.verbalizer import inject
 
 Numbers = dict[str, float]
 
@@ -132,6 +136,39 @@ class AV(_Supervised):
 
         run = jax.jit(jax.grad(loss, argnums=(0, 1)))
         return {"logits": best(lambda: jax.block_until_ready(run(params, x)))}
+
+
+class Whole(AV):
+    """The AV's step without the shared prefix: every row holds its whole prompt, as the torch program's do."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.run = functools.partial(_whole_step, cfg=self.av_config())
+        start = self.data["prompt"][: int(self.data["marker"])].astype(np.int32)
+        starts = np.broadcast_to(start, (len(self.batch["tokens"]), len(start)))
+        self.batch["tokens"] = np.concatenate([starts, self.batch["tokens"]], axis=1)
+        self.batch["loss_mask"] = np.concatenate([starts < 0, self.batch["loss_mask"]], axis=1)
+
+    def of_logits(self) -> Numbers:
+        return {}
+
+
+@train_step
+def _whole_step(state: TrainState, batch: Any, *, cfg: AVConfig) -> tuple[TrainState, Any]:
+    first = len(cfg.prompt.ids) - 1
+    total = jnp.sum(batch["loss_mask"])
+
+    def loss(params: Any, prefix: None, micro: Any) -> tuple[jax.Array, Any]:
+        tokens = micro["tokens"]
+        x = embed(params, tokens[:, :-1], cfg.model)
+        x = inject(x, micro["vectors"], marker=cfg.prompt.marker, injection_scale=cfg.injection_scale)
+        x = run_blocks(params, x, cfg.model)[0][:, first:]
+        logprobs = token_logprobs(params, x, tokens[:, first + 1 :], cfg.model, chunk=cfg.chunk)
+        return -jnp.sum(jnp.where(micro["loss_mask"][:, first + 1 :], logprobs, 0.0)) / total, {}
+
+    value, _, grads = gradients(loss, state.params, batch, accumulate=cfg.accumulate)
+    state, metrics = apply_gradients(state, grads, cfg.optim)
+    return state, {"loss": value, **metrics}
 
 
 class AR(_Supervised):
@@ -246,4 +283,4 @@ def best(run: Callable[[], Any], n: int = 3) -> float:
 
 if __name__ == "__main__":
     keep_freed_memory()  # as `nla train` does
-    serve({"av": AV, "ar": AR, "rl": RL})
+    serve({"av": AV, "whole": Whole, "ar": AR, "rl": RL})

@@ -223,4 +223,4 @@ class RL(_Program):
 
 
 if __name__ == "__main__":
-    serve({"av": AV, "ar": AR, "rl": RL})
+    serve({"av": AV, "whole": AV, "ar": AR, "rl": RL})

@@ -13,16 +13,18 @@ import numpy as np
 
 from nla_jax import metrics
 from nla_jax.errors import InputError
-from nla_jax.evals import batched, intervals
+from nla_jax.evals import batched, hosts, intervals
 from nla_jax.evals.evalset import SEED, EvalSet
 from nla_jax.evals.explanations import FILE, Explanations
 from nla_jax.evals.provenance import computed_on, model_hashes
 from nla_jax.evals.result import Row
 from nla_jax.extract_run import weights_fingerprint
+from nla_jax.models.sharding import MeshSettings, make_mesh, rules_for
 from nla_jax.pair import NLA, check_vectors
 from nla_jax.tokenizer import Tokenizer
 
 _KEPT_BYTES = 1 << 30  # readings of texts that are kept in memory
+WHOLE = MeshSettings()  # every device has all parameters
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,12 @@ class Context:
 
     `out`: a directory in which drawn texts are kept (explanations.jsonl); None keeps them in memory. Of a pair opened
     with `low_memory` one model's weights are held at a time: a suite says `use("target")` before it takes
-    `nla.target.params()`; `texts` and `read` do so themselves. `mesh`: this process's devices, None if it is one.
-    `notes`: what a reader must know of the rows and the pair.
-    InputError where the rows and the models do not belong together.
+    `nla.target.params()`; `texts` and `read` do so themselves. `notes`: what a reader must know of rows and pair.
+
+    `mesh`: all devices, None if there is one; `split` says over how many of them each model is split. Where they belong
+    to several processes (of `jax.distributed`) all of these call the same methods in the same order, and process 0
+    alone writes, notes and draws progress bars.
+    InputError where the rows and the models do not belong together, or a model cannot be split so.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Context:
         batch_size: int | None = None,
         max_new_tokens: int = 150,
         temperature: float = 1.0,
+        split: MeshSettings = WHOLE,
         progress: bool = False,
         note: Callable[[str], None] = lambda message: None,
     ):
@@ -74,9 +80,12 @@ class Context:
             raise InputError("sampling", expected="at least 1 token, temperature 0 (greedy) or more", got=got)
         self.nla, self.data, self.seed, self.resamples = nla, data, seed, resamples
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        self.progress, self.note = progress, note
+        self.progress, self.note = progress and hosts.first(), hosts.noted(note)
         self.out = None if out is None else Path(out)
-        self.mesh = batched.local_mesh()
+        self.mesh = make_mesh(split)
+        for role in (nla.av, nla.ar, nla.target):
+            if self.mesh is not None and role is not None:
+                rules_for(role.cfg, self.mesh)
         self.batch_size = batched.batch_size(self.mesh, batch_size)
         self.mse_scale = nla.ar.sidecar.need_mse_scale(nla.ar.path)
         self.orthogonal = 2.0 * round(self.mse_scale**2 / nla.ar.cfg.d_model, 12)
@@ -116,8 +125,7 @@ class Context:
             role = getattr(self.nla, name)
             if role is None:
                 raise InputError(f"this needs the {name}", got="none", fix=f"--{name} DIRECTORY_OR_HUB_ID")
-            found = (role.params(), role.prefix()) if name == "av" else role.params()
-            self._placed[name] = batched.everywhere(found, self.mesh)
+            self._placed[name] = batched.load(role, self.mesh)
         return self._placed[name]
 
     def texts(self, k: int = 1, rows: np.ndarray | None = None) -> Samples:
@@ -155,10 +163,9 @@ class Context:
     @cached_property
     def _explanations(self) -> Explanations:
         names = list(zip(self.data.doc_ids, self.data.positions.tolist(), strict=True))
-        path = None if self.out is None else self.out / FILE
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
-        return Explanations(path, {} if path is None else self.texts_key(), names, self.note)
+        if self.out is None:
+            return Explanations(None, {}, names)
+        return Explanations(self.out / FILE, self.texts_key(), names, self.note)
 
     def texts_key(self) -> dict[str, Any]:
         """What the drawn texts depend on."""

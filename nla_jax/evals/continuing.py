@@ -21,7 +21,9 @@ from nla_jax.models.cache import Prefix, empty_cache
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.layers import embed, unembed
 from nla_jax.models.params import Params
+from nla_jax.models.placing import on_host
 from nla_jax.models.sampler import Samples, draw
+from nla_jax.models.sharding import on_its_mesh
 from nla_jax.models.transformer import prefix_of, run_blocks
 from nla_jax.roles import Target
 
@@ -77,6 +79,7 @@ def continuations(
 
     What stands before the position is seen of `read`. Row b draws with `keys_B[b]` alone; temperature 0 is greedy."""
     B, N = prompts_BxN.shape
+    keys_BxW = np.asarray(jax.random.key_data(keys_B))
     size = -(-max(1, min(64, _TOKENS // (N + max_new_tokens))) // patcher.step) * patcher.step
     tokens: list[np.ndarray] = []
     stopped: list[np.ndarray] = []
@@ -92,8 +95,8 @@ def continuations(
             prompts,
             positions,
             patcher.rows(push_BxD[at].astype(np.float32)),
-            keys_B[at],
-            jnp.float32(temperature),
+            patcher.rows(keys_BxW[at]),
+            np.float32(temperature),
             cfg=patcher.cfg,
             layer=patcher.layer,
             everywhere=everywhere,
@@ -101,15 +104,15 @@ def continuations(
             max_new_tokens=max_new_tokens,
         )
         likely = _likelihood(patcher.params, read, prompts, positions, written.tokens, cfg=patcher.cfg)
-        found, lengths = np.asarray(written.tokens), np.asarray(written.lengths)
-        each = np.asarray(likely, np.float64) * (np.arange(max_new_tokens) < lengths[:, None])
+        found, lengths = on_host(written.tokens), on_host(written.lengths)
+        each = on_host(likely).astype(np.float64) * (np.arange(max_new_tokens) < lengths[:, None])
         tokens += [found[i, : lengths[i]] for i in range(len(rows))]
-        stopped.append(np.asarray(written.stopped)[: len(rows)])
+        stopped.append(on_host(written.stopped)[: len(rows)])
         logprob.append(each.sum(axis=1)[: len(rows)])
     return Continuations(tokens, np.concatenate(stopped), np.concatenate(logprob))
 
 
-_read = functools.partial(jax.jit, static_argnames=("cfg",))(prefix_of)
+_read = on_its_mesh(functools.partial(jax.jit, static_argnames=("cfg",))(prefix_of))
 
 
 def _pushed(push_BxD: jax.Array, layer: int, here_T: np.ndarray) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -123,6 +126,7 @@ def _pushed(push_BxD: jax.Array, layer: int, here_T: np.ndarray) -> Callable[[ja
     return edit
 
 
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg", "layer", "everywhere", "stop_ids", "max_new_tokens"))
 def _write(
     params: Params,
@@ -130,7 +134,7 @@ def _write(
     prompts_BxN: jax.Array,
     positions_B: jax.Array,
     push_BxD: jax.Array,
-    keys_B: jax.Array,
+    keys_BxW: jax.Array,
     temperature: jax.Array,
     *,
     cfg: ModelConfig,
@@ -142,6 +146,7 @@ def _write(
     """`Samples` of the pushed target; its log-probabilities are those under the push."""
     B, N = prompts_BxN.shape
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
+    keys_B = jax.random.wrap_key_data(keys_BxW)
     after = _pushed(push_BxD, layer, np.ones(1, bool)) if everywhere else None
 
     def step(tokens_BxT, cache, start, edit):
@@ -174,6 +179,7 @@ def _write(
     return Samples(tokens=tokens, logprobs=logprobs, lengths=lengths, stopped=done)
 
 
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _likelihood(params, read, prompts_BxN, positions_B, tokens_BxR, *, cfg):
     """Log-probabilities float32 [B, R] of written tokens after their prompts, nothing pushed."""

@@ -148,7 +148,7 @@ def measure(ctx: Context, rows: np.ndarray, vectors: dict[str, np.ndarray], afte
     """Runs the target on every document, and its later blocks for every variant of every row."""
     assert ctx.nla.target is not None
     ctx.use("target")
-    patcher = Patcher(*load_target(ctx.nla.target), ctx.data.layer, mesh=ctx.mesh)
+    patcher = Patcher(*load_target(ctx.nla.target, ctx.mesh), ctx.data.layer, mesh=ctx.mesh)
     ids, there = following(ctx.data, rows, after)
     valid = {name: np.isfinite(v).all(axis=1) for name, v in vectors.items()}
     kl = {name: np.zeros((len(rows), after)) for name in vectors}

@@ -1,7 +1,8 @@
 """Drawn explanations on disk: a header that says what they depend on, then a line of JSON for each sample.
 
 Lines are appended a batch at a time and flushed, so a run that is killed loses a batch at most; a last line that was
-torn is dropped when the file is opened again.
+torn is dropped when the file is opened again. Of several processes the first reads and writes the file; all of them
+have the samples.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from nla_jax.arrays import canonical
 from nla_jax.errors import InputError
+from nla_jax.evals import hosts
 from nla_jax.evals.batched import Drawn
 
 FILE, FORMAT = "explanations.jsonl", "nla_jax.eval.explanations"
@@ -37,14 +39,7 @@ class Explanations:
         self._header = {"format": FORMAT, "version": 1, "key": dict(key)}
         if path is None:
             return
-        try:
-            old = path.read_bytes() if path.exists() else b""
-            whole, lines = self._read(old, note)
-            if whole != len(old) or not whole:
-                self._begin(old[:whole] if whole else (canonical(self._header) + "\n").encode())
-        except OSError as error:
-            raise InputError(f"{path}: explanations cannot be kept", got=error.strerror) from None
-        for line in lines:
+        for line in hosts.by_first(lambda: self._open(path, note)):
             self.samples[line["row"], line["sample"]] = line["text"], line["failed"], line["length"]
 
     def add(self, drawn: Iterable[Drawn]) -> None:
@@ -54,8 +49,11 @@ class Explanations:
             doc_id, position = self.names[row]
             line = {"row": row, "sample": sample, "doc_id": doc_id, "position": position}
             text += json.dumps({**line, "text": words, "failed": failed, "length": length}) + "\n"
-        if self.path is None or not text:
-            return
+        if self.path is not None and text:
+            hosts.by_first(lambda: self._append(text))
+
+    def _append(self, text: str) -> None:
+        assert self.path is not None
         try:
             with self.path.open("ab") as file:
                 file.write(text.encode())
@@ -64,6 +62,18 @@ class Explanations:
         except OSError as error:
             fix = "space, then the same command again: what is drawn is kept"
             raise InputError(f"{self.path}: explanations cannot be kept", got=error.strerror, fix=fix) from None
+
+    def _open(self, path: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
+        """The samples of the file, which then ends with them; begun where there is none of this key."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            old = path.read_bytes() if path.exists() else b""
+            whole, lines = self._read(old, note)
+            if whole != len(old) or not whole:
+                self._begin(old[:whole] if whole else (canonical(self._header) + "\n").encode())
+        except OSError as error:
+            raise InputError(f"{path}: explanations cannot be kept", got=error.strerror) from None
+        return lines
 
     def _read(self, data: bytes, note: Callable[[str], None]) -> tuple[int, list[dict[str, Any]]]:
         """How many bytes are whole lines of this key, and the samples in them."""

@@ -20,7 +20,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from nla_jax.errors import InputError
-from nla_jax.evals.batched import divided, everywhere
+from nla_jax.evals.batched import divided, everywhere, in_parts
 from nla_jax.evals.evalset import EvalSet
 from nla_jax.extract import bucket
 from nla_jax.models import hf
@@ -28,8 +28,10 @@ from nla_jax.models.cache import Prefix
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.layers import embed, unembed
 from nla_jax.models.params import Params
+from nla_jax.models.placing import on_host
+from nla_jax.models.sharding import on_its_mesh
 from nla_jax.models.transformer import run_blocks
-from nla_jax.roles import Target, default_dtype
+from nla_jax.roles import Target, default_dtype, writer_shardings
 
 AFTER = 32  # tokens that are followed
 _ROWS, _STEP = 64, 8  # rows of a batch at most, and the step in which it grows: few shapes are compiled
@@ -61,17 +63,20 @@ class Effects:
     top_reference: np.ndarray
 
 
-def load_target(target: Target) -> tuple[ModelConfig, Params]:
-    """All blocks of the target and its head. `Target` itself holds the first K + 1, which are let go."""
+def load_target(target: Target, mesh: Mesh | None = None) -> tuple[ModelConfig, Params]:
+    """All blocks of the target and its head, as `Patcher` takes them: on a mesh that models are split over, in parts.
+    `Target` itself holds the first K + 1, which are let go."""
     target.release()
-    cfg, params = hf.load_model(target.path, target.dtype or default_dtype(target.path))
-    return cfg, params
+    to = None
+    if mesh is not None and in_parts(mesh):
+        to = writer_shardings(ModelConfig.from_dir(target.path), mesh)
+    return hf.load_model(target.path, target.dtype or default_dtype(target.path), shardings=to)
 
 
 class Patcher:
     """A target, all blocks of it, whose stream can be changed at the output of block `layer` (0-based).
 
-    `mesh`: devices that the rows of a batch are split over."""
+    `mesh`: devices that the rows of a batch are split over; of several processes all have to ask alike."""
 
     def __init__(self, cfg: ModelConfig, params: Params, layer: int, *, mesh: Mesh | None = None):
         if not 0 <= layer < cfg.n_layers:
@@ -115,7 +120,7 @@ class Patcher:
                 cfg=self.cfg,
                 layer=self.layer,
             )
-            out.append([np.asarray(part)[: len(rows)] for part in found])
+            out.append([on_host(part)[: len(rows)] for part in found])
         kl, logprob, before, top, top_before = (np.concatenate(parts) for parts in zip(*out, strict=True))
         return Effects(kl.astype(np.float64), logprob.astype(np.float64), before.astype(np.float64), top, top_before)
 
@@ -123,7 +128,11 @@ class Patcher:
         """Logits float32 [B, m, V] of the next m tokens under each vector at a position."""
         at = np.full(len(vectors_BxD), position, np.int32)
         vectors = np.asarray(vectors_BxD, np.float32)
-        return np.asarray(_logits(self.params, reading, at, vectors, cfg=self.cfg, layer=self.layer, m=m))
+        return on_host(_logits(self.params, reading, at, vectors, cfg=self.cfg, layer=self.layer, m=m))
+
+    def final(self, reading: Reading, positions: np.ndarray) -> np.ndarray:
+        """The last block's output at some positions of a document, float32 [m, D]."""
+        return on_host(reading.final)[positions].astype(np.float32)
 
     def rows(self, array: np.ndarray) -> jax.Array:
         """A batch on the devices; of a multiple of `step` rows."""
@@ -154,6 +163,7 @@ def following(data: EvalSet, rows: np.ndarray, after: int) -> tuple[np.ndarray, 
 # -- on the device ------------------------------------------------------------------------------------------------
 
 
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg", "layer"))
 def _read(params: Params, tokens_T: jax.Array, *, cfg: ModelConfig, layer: int) -> Reading:
     stream = run_blocks(params, embed(params, tokens_T[None], cfg), cfg, n_layers=layer + 1)[0]
@@ -174,6 +184,7 @@ def _branches(params, reading, positions_B, vectors_BxD, *, cfg, layer, m):
     return x, jnp.take(reading.final, at, axis=0, mode="clip")
 
 
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg", "layer"))
 def _effects(params, reading, positions_B, vectors_BxD, following_BxM, reference_BxD, *, cfg, layer):
     m = following_BxM.shape[1]
@@ -194,6 +205,7 @@ def _effects(params, reading, positions_B, vectors_BxD, following_BxM, reference
     return tuple(part.T for part in jax.lax.map(offset, by_offset))
 
 
+@on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg", "layer", "m"))
 def _logits(params, reading, positions_B, vectors_BxD, *, cfg, layer, m):
     return unembed(params, _branches(params, reading, positions_B, vectors_BxD, cfg=cfg, layer=layer, m=m)[0], cfg)

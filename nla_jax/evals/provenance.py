@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nla_jax import __version__
+from nla_jax.evals import hosts
 from nla_jax.pair import NLA
 
 _FACTS = (".json", ".yaml", ".yml", ".jinja", ".model", ".txt")  # configs, sidecars and tokenizers
@@ -30,15 +31,19 @@ def facts_hash(path: Path) -> str:
 
 def _of(path: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    for file, found in zip(files, hosts.spread(_digest, files), strict=True):
         digest.update(f"{file.relative_to(path).as_posix()}\0{found}\n".encode())
     return digest.hexdigest()
 
 
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def model_hashes(nla: NLA) -> dict[str, dict[str, str]]:
-    """{"av": {"weights", "facts"}, ...} for the models that an NLA has."""
+    """{"av": {"weights", "facts"}, ...} for the models that an NLA has. Of several processes each reads some of the
+    files, and all call this."""
     roles = {name: getattr(nla, name) for name in ("av", "ar", "target")}
     return {
         name: {"weights": weights_hash(Path(role.path)), "facts": facts_hash(Path(role.path))}

@@ -9,6 +9,7 @@ and are done where one is given.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from nla_jax.errors import InputError
+from nla_jax.evals import hosts
 from nla_jax.evals.context import Context
 from nla_jax.evals.result import Row, SuiteResult
 from nla_jax.paraphrase import INSTRUCTION, Paraphraser, translation
@@ -126,11 +128,16 @@ def _changes(ctx: Context, texts: list[str], tokens: list[int], provider: Rewrit
         out.append(_Changed(f"first {count} tokens", [truncate(t, count, tokenizer) for t in texts], note))
     for name, writer in ({} if provider is None else provider.writers()).items():
         ctx.note(f"{name} of {len(set(texts))} texts")
-        new = writer.apply_many(texts)
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(writer.reasons.items()))
+        new, reasons = hosts.by_first(functools.partial(_asked, writer, texts))
+        why = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
         note = f"by {writer.provider.name}:{writer.provider.model}"
         out.append(_Changed(name, new, f"{note}; no usable answer, text kept: {why}" if why else note))
     return out
+
+
+def _asked(writer: Paraphraser, texts: list[str]) -> tuple[list[str], dict[str, int]]:
+    """The texts in other words, and why some stayed as they are: how many, by reason."""
+    return writer.apply_many(texts), dict(writer.reasons)
 
 
 def _rows(

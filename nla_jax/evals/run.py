@@ -7,6 +7,8 @@
 
 The same call again does only what is missing: a suite is taken as done where its key is the same. Files appear whole or
 not at all, and hold no times except below "run" in results.json.
+
+Several processes run the suites together, in step (hosts.py); the first alone reads and writes OUT.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ import numpy as np
 from nla_jax import metrics
 from nla_jax.arrays import canonical
 from nla_jax.errors import InputError
+from nla_jax.evals import batched, hosts
 from nla_jax.evals.context import Context
 from nla_jax.evals.provenance import computed_on, layer_aliases, versions
 from nla_jax.evals.result import SuiteResult, from_json, plain
+from nla_jax.extract_run import weights_fingerprint
 
 FORMAT, VERSION = "nla_jax.eval", 1
 RESULTS = "results.json"
@@ -79,7 +83,8 @@ def evaluate(
     results.json then holds.
 
     `settings`: keyword arguments of each suite's `run`. `given`: the models as the user named them; `command`: the
-    command line. A suite that was asked for by name and lacks something is an InputError."""
+    command line. A suite that was asked for by name and lacks something is an InputError. Of several processes all
+    call this alike, and get the same."""
     asked = list(dict.fromkeys(suites)) if suites is not None else list(SUITES)
     settings, out = dict(settings or {}), Path(out)
     unknown = sorted(set(settings) - set(SUITES))
@@ -95,7 +100,10 @@ def evaluate(
             raise InputError(f"suite {name} cannot run: {reason}")
         else:
             skipped.append({"suite": name, "reason": reason})
-    _make(out)
+    hosts.agree(lambda: {**_fingerprints(ctx), "data": ctx.data.hash, "suites": chosen, "settings": _settings(ctx)})
+    batched.meet(ctx.mesh)
+    hosts.by_first(lambda: _make(out))
+    note = hosts.noted(note)
     done: list[SuiteResult] = []
     seconds: dict[str, float] = {}
     for name in chosen:
@@ -118,7 +126,7 @@ def evaluate(
         "run": {"seconds": seconds, "ended": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())},
     }
     results = plain(results)
-    _replace(out / RESULTS, (json.dumps(results, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode())
+    hosts.by_first(lambda: _replace_json(out / RESULTS, results))
     return results
 
 
@@ -153,14 +161,19 @@ def header(ctx: Context, given: Mapping[str, str | None], command: Sequence[str]
             "documents": len(np.unique(data.docs[data.main])),
             "notes": list(ctx.notes),
         },
-        "settings": {
-            "seed": ctx.seed,
-            "resamples": ctx.resamples,
-            "temperature": ctx.temperature,
-            "max_new_tokens": ctx.max_new_tokens,
-            "batch_size": ctx.batch_size,
-        },
+        "settings": _settings(ctx),
     }
+
+
+def _fingerprints(ctx: Context) -> dict[str, str]:
+    """What tells other weights of a model at a glance."""
+    roles = {name: getattr(ctx.nla, name) for name in ("av", "ar", "target")}
+    return {name: weights_fingerprint(Path(role.path)) for name, role in roles.items() if role is not None}
+
+
+def _settings(ctx: Context) -> dict[str, Any]:
+    names = ("seed", "resamples", "temperature", "max_new_tokens", "batch_size")
+    return {name: getattr(ctx, name) for name in names}
 
 
 def suite_key(ctx: Context, name: str, settings: Mapping[str, Any]) -> str:
@@ -189,27 +202,34 @@ def _suite(
 ) -> tuple[SuiteResult, bool]:
     """A suite's result, and whether it was computed now."""
     key, file, table = suite_key(ctx, name, settings), out / "suites" / f"{name}.json", out / f"{name}.parquet"
-    kept = _kept(file, key)
-    if kept is not None and (not kept["table"] or table.is_file()):
+    kept = hosts.by_first(lambda: _kept(file, key, table))
+    if kept is not None:
         note(f"{name}: done already, with the same models, data and settings")
         return from_json(kept), False
     result = suite(name).run(ctx, **settings)
     if result.suite != name:
         raise ValueError(f"suite {name} calls itself {result.suite}")
-    file.unlink(missing_ok=True)  # never beside another run's table
-    if result.columns:
-        _write_table(table, result, key)
     content = plain({"key": key, "table": bool(result.columns), **result.json()})
-    _replace(file, (json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode())
+
+    def keep() -> None:
+        file.unlink(missing_ok=True)  # never beside another run's table
+        if result.columns:
+            _write_table(table, result, key)
+        _replace_json(file, content)
+
+    hosts.by_first(keep)
     return from_json(content), True
 
 
-def _kept(file: Path, key: str) -> dict[str, Any] | None:
+def _kept(file: Path, key: str, table: Path) -> dict[str, Any] | None:
+    """What was written of a suite, if it is of this key and its table is there."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("key") == key else None
+    if not isinstance(found, dict) or found.get("key") != key or (found["table"] and not table.is_file()):
+        return None
+    return found
 
 
 def _lacking(ctx: Context, module: Suite, settings: Mapping[str, Any]) -> str | None:
@@ -266,7 +286,8 @@ def _make(out: Path) -> None:
         raise InputError(f"--out {out}: cannot be written", got=error.strerror, fix="another directory") from None
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace_json(path: Path, value: Any) -> None:
+    data = (json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n").encode()
     part = _part(path)
     with part.open("wb") as file:
         file.write(data)

@@ -139,11 +139,11 @@ def _measure(
     data, target = ctx.data, ctx.nla.target
     assert target is not None
     ctx.use("target")
-    patcher = Patcher(*load_target(target), data.layer, mesh=ctx.mesh)
+    patcher = Patcher(*load_target(target, ctx.mesh), data.layer, mesh=ctx.mesh)
     bar = tqdm(total=len(rows) + len(np.unique(donors)), desc="steering", unit="vector", disable=not ctx.progress)
     final: dict[int, np.ndarray] = {}  # the target's last stream at each donor: what its distribution follows from
     for tokens, members in documents(data, np.unique(donors), 1):
-        ends = np.asarray(patcher.read(tokens).final[data.positions[members]].astype("float32"))
+        ends = patcher.final(patcher.read(tokens), data.positions[members])
         final |= dict(zip(members.tolist(), ends, strict=True))
         bar.update(len(members))
     n, a = len(rows), len(alphas)
