@@ -100,7 +100,10 @@ def make_mesh(settings: MeshSettings, devices: Sequence[Any] | None = None) -> M
 
 def _grid(shape: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     slices = len({getattr(d, "slice_index", 0) or 0 for d in devices})
-    if slices > 1 and shape[0] % slices == 0:
+    if slices > 1:
+        if shape[0] % slices:
+            fix = f"--config.mesh.data={slices}, and what a slice has for the other axes"
+            raise InputError("mesh.data", expected=f"a multiple of the {slices} slices", got=shape[0], fix=fix)
         inside = (shape[0] // slices, *shape[1:])
         return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -4,6 +4,7 @@ and move from mesh to mesh."""
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -68,6 +69,13 @@ def test_axes_must_make_up_the_devices(given, said):
 def test_axes_are_not_negative(given):
     with pytest.raises(InputError, match=f"mesh.{next(iter(given))}"):
         MeshSettings(**given)
+
+
+def test_slices_are_joined_by_data_alone():
+    """The network between slices is slow; parameters are not split over it."""
+    devices = [SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    with pytest.raises(InputError, match="mesh.data: expected a multiple of the 2 slices, got 1"):
+        make_mesh(MeshSettings(data=1, fsdp=8), devices)
 
 
 def test_one_device_has_no_mesh():
