@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ import pytest
 from cli_pair import mini_pair, roles, run
 from eval_cases import columns, mini_nla, rows
 from extract_cases import letters, write
-from test_multihost import SLOW, finish, log, start
+from several import finish, kill_one, log, start
 from training import process
 
 from nla_jax import processes
@@ -27,6 +26,7 @@ from nla_jax.evals import hosts
 from nla_jax.evals.context import Context
 from nla_jax.models.sharding import MeshSettings
 
+SLOW = pytest.mark.slow
 FLAGS = ("--n", 12, "--per-document", 3, "--max-new-tokens", 6, "--resamples", 100, "--k", 2)
 QUICK = ("--suite", "fve", "--n", 4, "--per-document", 2, "--max-new-tokens", 3, "--resamples", 100)
 # Enough batches to be killed among, and more after that.
@@ -222,22 +222,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(victim, mo
     arguments = ["eval", *models, *LONG, "--out", tmp_path / "two"]
     kept, whole = tmp_path / "two" / "explanations.jsonl", len(texts(tmp_path / "one"))
     running = start(arguments, tmp_path, heartbeat=10)
-    try:
-        while not kept.is_file() or kept.read_bytes().count(b"\n") < 30:
-            codes = [p.poll() for p in running]
-            assert codes == [None, None], f"{codes}\n{log(tmp_path, 0)}\n{log(tmp_path, 1)}"
-            time.sleep(0.01)
-        running[victim].kill()
-        began = time.monotonic()
-        code = running[1 - victim].wait(60)
-        took = time.monotonic() - began
-    finally:
-        for p in running:
-            p.kill()
-            p.wait()
-    said = log(tmp_path, 1 - victim)
-    assert code in (processes.EXIT_LOST, -signal.SIGABRT), (code, said)
-    assert "another process of this run is gone" in said or "another task died" in said
+    took = kill_one(running, victim, tmp_path, lambda: kept.is_file() and kept.read_bytes().count(b"\n") >= 30)
     assert took < 30 and 29 <= len(texts(tmp_path / "two")) < whole
     assert not (tmp_path / "two" / "results.json").exists()
     finish(arguments, tmp_path)
@@ -250,7 +235,6 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(victim, mo
     [
         (("--fsdp", 3), "mesh: expected axes that make up the 8 devices"),
         (("--tensor", 8), "tensor 8 does not divide the attention heads, 4"),
-        (("--teacher", "openai:x", "--base-url", "http://127.0.0.1:1"), "OPENAI_API_KEY"),
         (("--beside", "/no/such"), "--beside /no/such: expected"),
     ],
 )

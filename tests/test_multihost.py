@@ -5,10 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +12,8 @@ import pytest
 import training
 from click.testing import CliRunner
 from comparing import close, same_files
-from training import World, command, lines
+from several import finish, kill_one, log, start
+from training import World, lines
 
 from nla_jax import processes
 from nla_jax.errors import InputError
@@ -24,7 +21,6 @@ from nla_jax.store import Store
 from nla_jax.tools import cli
 from nla_jax.train.checkpoint import Checkpoints
 
-TIMEOUT = 300
 MESH = ("--config.mesh.data=0", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
 SLOW = pytest.mark.slow
 
@@ -37,37 +33,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def config(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return world.config_file(tmp_path_factory.mktemp("config") / "config.py")
-
-
-def start(arguments: Sequence[object], logs: Path, heartbeat: int = 30) -> list[subprocess.Popen]:
-    """The command on two processes that join; each writes a log."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    running = []
-    for i in range(2):
-        joining = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", i)
-        with (logs / f"{i}.log").open("w") as log:
-            said = {"stdout": log, "stderr": subprocess.STDOUT, "env": env}
-            line = command(*arguments, *joining, "--heartbeat", heartbeat)
-            running.append(subprocess.Popen(line, **said))
-    return running
-
-
-def log(logs: Path, process: int) -> str:
-    found = (logs / f"{process}.log").read_text(errors="replace").splitlines()
-    return "\n".join(line for line in found if "peer ranks is" not in line)
-
-
-def finish(arguments: Sequence[object], logs: Path) -> None:
-    running = start(arguments, logs)
-    try:
-        codes = [p.wait(TIMEOUT) for p in running]
-    finally:
-        for p in running:
-            p.kill()
-    assert codes == [0, 0], f"{log(logs, 0)}\n{log(logs, 1)}"
 
 
 # How processes find each other
@@ -166,20 +131,8 @@ def test_a_killed_process_ends_the_other_and_a_restart_resumes(victim, world, co
     settings = [f"--config.av.{name}={value}" for name, value in more.items()]
     arguments = ["train", "av", f"--config={config}", "--out", tmp_path / "two", "--no-tensorboard", *settings]
     running = start([*arguments, *MESH], tmp_path, heartbeat=10)
-    try:
-        while newest(tmp_path / "two" / "av" / "checkpoints") < 6:
-            codes = [p.poll() for p in running]
-            assert codes == [None, None], f"{codes}\n{log(tmp_path, 0)}\n{log(tmp_path, 1)}"
-            time.sleep(0.02)
-        running[victim].kill()
-        code = running[1 - victim].wait(60)
-    finally:
-        for p in running:
-            p.kill()
-            p.wait()
-    said = log(tmp_path, 1 - victim)
-    assert code in (processes.EXIT_LOST, -signal.SIGABRT), (code, said)
-    assert "another process of this run is gone" in said or "another task died" in said
+    checkpoints = tmp_path / "two" / "av" / "checkpoints"
+    kill_one(running, victim, tmp_path, lambda: newest(checkpoints) >= 6)
     finish([*arguments, "--config.mesh.data=0", "--config.mesh.fsdp=4"], tmp_path)
     assert "going on from step" in log(tmp_path, 0) and "going on" not in log(tmp_path, 1)
     one = world.train("av", tmp_path / "one", **more).directory
