@@ -34,7 +34,7 @@ $(READY): pyproject.toml requirements.lock
 	@touch "$@"
 
 test: $(READY)  ## run the tests that need no torch, no accelerator and no network
-	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+	"$(BIN)/python" -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 parity: $(READY)  ## compare live with transformers; needs the [parity] extra in .venv
 	@"$(BIN)/python" -c 'import torch, transformers' 2>/dev/null || { \
