@@ -28,12 +28,33 @@ import jax  # noqa: E402  (after the environment it reads)
 # tests a process each. A missing axis that broadcasting would hide is an error here.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiled in half the time, and slower, which programs of this size do not notice.
+jax.config.update("jax_disable_most_optimizations", True)
 # What `nla train` asks of malloc cannot be taken back, and this process does more than train.
 host_memory.keep_freed_memory = lambda: False
 
 # A compiled program keeps its memory mappings for as long as JAX knows it. Linux grants a process 65530 of them, and
 # XLA crashes past that.
 _MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_environment() -> Iterator[None]:
+    """What a test file's commands set in the environment of this process does not reach the next one's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def usual_compilation() -> Iterator[None]:
+    """With all optimizations, for what is compared to the bit with processes of their own."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="module")

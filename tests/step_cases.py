@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from families import CONFIGS, hf_weights, to_params
 from reference import decoder
 
@@ -238,12 +237,3 @@ def same(got: Any, expected: Any) -> bool:
         x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True)
         for x, y in zip(a, b, strict=True)
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Any:
-    """Steps are compiled in half the time and run slower, which tests of this size do not notice."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)

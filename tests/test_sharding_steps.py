@@ -16,7 +16,7 @@ import pytest
 import step_cases as cases
 from families import hf_weights, to_params
 from jax.sharding import NamedSharding, PartitionSpec
-from step_cases import far, gradient, quick_compilation  # noqa: F401  (a fixture)
+from step_cases import far, gradient
 
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.int8 import is_matrix, quantize_row, stack_shardings

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import step_cases as cases
-from step_cases import gradient, quick_compilation, same  # noqa: F401  (a fixture)
+from step_cases import gradient, same
 
 from nla_jax.train.rl import decode_layout, judge, policy_batch, policy_step, reference_logprobs, rollout, step_keys
 from nla_jax.train.steps import ar_step, av_step, lm_step

@@ -16,7 +16,7 @@ import pytest
 import step_cases as cases
 from families import hf_weights
 from reference import decoder
-from step_cases import far, gradient, quick_compilation, same  # noqa: F401  (a fixture)
+from step_cases import far, gradient, same
 
 from nla_jax.train.rl import (
     decode_layout,

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import step_cases as cases
-from step_cases import quick_compilation, same  # noqa: F401  (a fixture)
+from step_cases import same
 
 from nla_jax.train.optimizer import block_matrices, make_optimizer, schedule
 from nla_jax.train.settings import OptimizerSettings

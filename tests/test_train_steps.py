@@ -17,7 +17,7 @@ import step_cases as cases
 from families import hf_weights
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from reference import decoder
-from step_cases import TAIL, far, gradient, quick_compilation  # noqa: F401  (a fixture)
+from step_cases import TAIL, far, gradient
 
 from nla_jax.models.params import abstract_params
 from nla_jax.train.gradients import gradients
