@@ -78,7 +78,7 @@ def test_residents_are_parameters_moments_and_reference(rl_stage):
     assert held["AV state"] > 12 * n_params(cfg) / 4
 
 
-@pytest.mark.parametrize("mesh", [SPLIT, MeshSettings(data=4, tensor=2)])
+@pytest.mark.parametrize("mesh", [SPLIT, pytest.param(MeshSettings(data=4, tensor=2), marks=pytest.mark.slow)])
 def test_with_lora_all_roles_lie_on_one_base(mesh):
     """And it is read, not copied: the sampler's gathers it over fsdp, the others take it as it is."""
     lora = LoRASettings(rank=2)

@@ -146,7 +146,8 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path, stop=lambda step: step == 17)
-    array = max((tmp_path / "toy" / "checkpoints" / "17").rglob("*"), key=lambda f: f.stat().st_size * f.is_file())
+    state = tmp_path / "toy" / "checkpoints" / "17" / "state"
+    array = max(state.rglob("*"), key=lambda f: f.stat().st_size * f.is_file())
     content = bytearray(array.read_bytes())
     content[len(content) // 2] ^= 1
     array.write_bytes(content)

@@ -98,6 +98,7 @@ def test_joint_training_goes_on_with_the_warm_starts_adapters(world, warm, tmp_p
         assert (tmp_path / "rl" / "export" / role / "adapter" / "base.txt").is_file()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(world, warm, tmp_path):
     def task() -> Any:
         return world.task("rl", **pair(warm), **JOINT, save_every=2)
