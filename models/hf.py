@@ -24,7 +24,7 @@ from nla_jax.models.atomic import atomic_dir
 from nla_jax.models.config import ModelConfig, text_part, truncate_hf_config
 from nla_jax.models.errors import CheckpointError, ConfigError, InputError
 from nla_jax.models.hf_keys import LM_HEAD, NORM, Slot, ignorable, layout_of, leaf, slots
-from nla_jax.models.int8 import empty_stack, is_matrix, quantize_row
+from nla_jax.models.int8 import empty_stack, is_matrix, need_library, quantize_row
 from nla_jax.models.lora import Adapted
 from nla_jax.models.params import Layers, Params, param_specs
 from nla_jax.models.placing import of_row, on_host, placer, put, row_on_host
@@ -65,6 +65,8 @@ def load_model(
     gets its own part of each tensor. `int8` keeps the blocks' matrices in 8 bits (models/int8.py). Raises ConfigError
     or CheckpointError, each naming all that is wrong.
     """
+    if int8:
+        need_library()
     to = None if dtype is None else as_dtype(dtype)
     full = ModelConfig.from_dir(path)
     cfg = full if n_layers is None else full.truncated(n_layers)

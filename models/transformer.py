@@ -19,6 +19,7 @@ from nla_jax.models.cache import Cache, Prefix
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.errors import InputError
 from nla_jax.models.layers import apply_rope, embed, gated, linear, rms_norm, rope_tables, unembed
+from nla_jax.models.lora import row_of
 from nla_jax.models.params import Layers, Params
 from nla_jax.models.sharding import constrain
 
@@ -111,7 +112,7 @@ def run_blocks(
     def step(carry, scanned):
         x, cache, state = carry
         layer, rows = scanned
-        weights = [_row(w, layer) if row is None else row for w, row in zip(stacks, rows, strict=True)]
+        weights = [row_of(w, layer) if row is None else row for w, row in zip(stacks, rows, strict=True)]
         p = jax.tree.unflatten(structure, weights)
         cos, sin = _table_of(tables, layer, cfg)
         own = layer - first_layer  # among the blocks that run
@@ -148,10 +149,6 @@ def run_blocks(
     return x, Cache(*kept) if keep_kv else cache, state
 
 
-def _row(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-
-
 def _weights_products(primitive: Any, *_: Any, **__: Any) -> bool:
     """Keeps what `layers.linear` gives, which costs most to compute again."""
     return primitive.name == "custom_vjp_call"
@@ -161,7 +158,7 @@ _REMAT = {"blocks": None, "dots": _weights_products}
 
 
 def _but_rows(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps everything for the backward pass but what `_row` gives, at any of the steps that it is handed on in."""
+    """Keeps everything for the backward pass but what `row_of` gives, at any of the steps that it is handed on in."""
     return primitive.name not in ("dynamic_slice", "squeeze", "stop_gradient")
 
 

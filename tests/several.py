@@ -68,3 +68,15 @@ def kill_one(running: list[subprocess.Popen], victim: int, logs: Path, ready: Ca
     assert code in (processes.EXIT_LOST, -signal.SIGABRT), (code, said)
     assert "another process of this run is gone" in said or "another task died" in said
     return took
+
+
+def refused(arguments: Sequence[object], message: str, logs: Path) -> None:
+    """Bad input ends all processes, and the first says what is wrong."""
+    running = start(arguments, logs)
+    try:
+        codes = [p.wait(120) for p in running]
+    finally:
+        for p in running:
+            p.kill()
+    assert codes[0] == 2 and codes[1] in (2, processes.EXIT_LOST, -signal.SIGABRT)
+    assert message in log(logs, 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,9 @@ import pytest
 from cli_pair import mini_pair, roles, run
 from eval_cases import columns, mini_nla, rows
 from extract_cases import letters, write
-from several import finish, kill_one, log, start
+from several import finish, kill_one, log, refused, start
 from training import process
 
-from nla_jax import processes
 from nla_jax.errors import InputError, PromptError
 from nla_jax.evals import hosts
 from nla_jax.evals.context import Context
@@ -239,11 +237,4 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(victim, mo
     ],
 )
 def test_bad_input_ends_all(flags, message, models, tmp_path):
-    running = start(["eval", *models, *QUICK, *flags, "--out", tmp_path / "eval"], tmp_path)
-    try:
-        codes = [p.wait(120) for p in running]
-    finally:
-        for p in running:
-            p.kill()
-    assert codes[0] == 2 and codes[1] in (2, processes.EXIT_LOST, -signal.SIGABRT)
-    assert message in log(tmp_path, 0)
+    refused(["eval", *models, *QUICK, *flags, "--out", tmp_path / "eval"], message, tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nla_jax.tools import plan_survey as survey
+from nla_jax.train.plan_slices import parse_slice
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 RESULTS = survey.read()
@@ -20,10 +21,11 @@ RESULTS = survey.read()
 def test_every_pair_is_asked_for_on_every_chip_with_and_without_lora():
     named = [name for name in survey.commands() if "scaling" not in name]
     assert len(named) == 4 * 2 * 3
-    assert [survey._chips(shape) for shape in survey.SCALING] == [8, 16, 32, 64, 128, 256]
+    chips = [parse_slice(f"v5p:{shape}").chips for shape in survey.SCALING]
+    assert chips == [8, 16, 32, 64, 128, 256]
     # Every chip has as many activations, whatever the slice.
     rows = [int(c[-1].rpartition("=")[2]) for n, c in survey.commands().items() if "scaling" in n]
-    assert [n / survey._chips(shape) for n, shape in zip(rows, survey.SCALING, strict=True)] == [4.0] * 6
+    assert [n / size for n, size in zip(rows, chips, strict=True)] == [4.0] * 6
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 from typing import Any
 
 import jax
@@ -188,6 +189,7 @@ def test_at_full_rank_a_step_is_that_of_full_fine_tuning():
         ("av", {"lora": {"rank": -1}, "optim": ADAM}, "config.av.lora.rank"),
         ("av", {"lora": {"rank": 2, "targets": ["lm_head"]}, "optim": ADAM}, "config.av.lora.targets"),
         ("ar", {"lora": {"rank": 2, "alpha": 0.0}, "optim": ADAM}, "config.ar.lora.alpha"),
+        ("ar", {"lora": {"int8": True}, "optim": ADAM}, "config.ar.lora.int8"),
         ("ar", {"lora": {"rnak": 2}, "optim": ADAM}, "config.ar.lora.rank"),
     ],
 )
@@ -267,6 +269,7 @@ def test_8_bits_compute_what_their_wide_matrices_do():
 
 
 def test_without_qwix_it_is_said(world, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    task, find = world.task("av", lora={"rank": 2, "int8": True}, optim=ADAM), importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "qwix" else find(name))
     with pytest.raises(NLAError, match="nla_jax.int8"):
-        world.task("av", lora={"rank": 2, "int8": True}, optim=ADAM)
+        task.init()

@@ -179,7 +179,8 @@ def measure(
         _rounds(runner, rounds, profile)
     except DoesNotFitError as error:
         refused = str(error)
-    stats = jax.tree.leaves(dict(stage.residents))[0].sharding._device_assignment[0].memory_stats() or {}
+    device = min(jax.tree.leaves(dict(stage.residents))[0].sharding.device_set, key=lambda d: d.id)
+    stats = device.memory_stats() or {}
     timings = tuple(runner.timings[p.name] for p in stage.programs if p.name in runner.timings)
     del runner
     gc.collect()  # the next stage needs the memory

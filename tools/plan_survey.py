@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 
+from nla_jax.train.plan_slices import parse_slice
+
 RESULTS = Path(__file__).resolve().parent.parent / "configs" / "plans.json"
 RANK = 16
 CHIPS = ("v5e", "v6e", "v5p")
@@ -42,19 +44,12 @@ def commands() -> dict[str, list[str]]:
                 name = f"{config} {'LoRA' if lora else 'full'} {chip}"
                 out[name] = [f"--config={config}", f"--config.lora.rank={lora}", "--slice", chip, "--search"]
     for shape in SCALING:
-        copies = _chips(shape) // SCALED
+        copies = parse_slice(f"v5p:{shape}").chips // SCALED
         out[f"weak scaling v5p:{shape}"] = [
             *("--config=qwen2_5_7b_l20", "--slice", f"v5p:{shape}", f"--config.mesh.fsdp={SCALED}"),
             f"--config.rl.batch_size={32 * copies}",
         ]
     return out
-
-
-def _chips(shape: str) -> int:
-    size = 1
-    for n in shape.split("x"):
-        size *= int(n)
-    return size
 
 
 def compact(found: dict[str, Any], command: list[str]) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class LoRASettings:
 
     def __post_init__(self) -> None:
         not_negative(self, "rank")
+        require(self.rank > 0 or not self.int8, "int8", "False where lora.rank is 0: nothing is frozen", self.int8)
         try:
             LoRAConfig(max(self.rank, 1), self.alpha, self.targets, self.rslora)
         except ConfigError as error:

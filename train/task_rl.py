@@ -16,7 +16,6 @@ from nla_jax.errors import InputError, SidecarError
 from nla_jax.extract_run import weights_fingerprint
 from nla_jax.loader import Loader, make_loader
 from nla_jax.metrics import constant_floor
-from nla_jax.models.int8 import need_library
 from nla_jax.models.sharding import under
 from nla_jax.paraphrase import Paraphraser
 from nla_jax.processes import of_all
@@ -73,8 +72,6 @@ class RLTask:
         self.av = roles.from_checkpoint("av", settings.av, self.build)
         self.ar = roles.from_checkpoint("ar", settings.ar, self.build)
         if settings.lora.rank:
-            if settings.lora.int8:
-                need_library()
             self.av, self.ar = (role.on_base(settings.target) for role in (self.av, self.ar))
         if self.av.sidecar.marker in (self.ar.sidecar.ar_template or ""):
             raise SidecarError(f"{settings.ar}: its template holds the marker of the AV", fix="the AR of this AV")

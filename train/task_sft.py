@@ -15,7 +15,6 @@ from nla_jax.build import Build, open_build
 from nla_jax.errors import InputError
 from nla_jax.evals.controls import other_documents
 from nla_jax.loader import Loader, make_loader
-from nla_jax.models.int8 import need_library
 from nla_jax.models.sharding import on_its_mesh, replicated
 from nla_jax.store import Store
 from nla_jax.train import evaluate, roles
@@ -94,8 +93,6 @@ class SFTTask:
 
     def _role(self, settings: SFTSettings) -> roles.Role:
         lora = settings.lora.config
-        if settings.lora.int8:
-            need_library()
         if settings.init is None:
             return roles.from_target(self.name, settings.target, self.build, lora)
         role = roles.from_checkpoint(self.name, settings.init, self.build)
