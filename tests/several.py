@@ -22,7 +22,8 @@ def start(arguments: Sequence[object], logs: Path, heartbeat: int = 30) -> list[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    env = {**os.environ, "XLA_FLAGS": flags}
     running = []
     for i in range(2):
         joining = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", i)

@@ -34,6 +34,7 @@ def test_another_seed_needs_another_directory(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("usual_compilation")
 def test_quick_demo(tmp_path: Path):
     """Short training already lifts FVE far above the controls, and the same command again changes nothing."""
     out = tmp_path / "demo"

@@ -13,7 +13,7 @@ import pytest
 import training
 from training import World, bits, command, lines, restored
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("usual_compilation")]
+pytestmark = pytest.mark.slow
 STEPS = 40
 EVERY = {"steps": STEPS, "log_every": 5, "eval_every": 15, "save_every": 4, "eval_rows": 16}
 SECTIONS: dict[str, Any] = {

@@ -28,8 +28,6 @@ from nla_jax.train.stopping import only_run
 from nla_jax.train.tally import Tally
 from nla_jax.train.writers import JsonLines, jsonable, read_lines
 
-pytestmark = pytest.mark.usefixtures("usual_compilation")
-
 TOY = Path(__file__).with_name("toy_task.py")
 
 
