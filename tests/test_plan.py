@@ -257,17 +257,25 @@ def test_search_compiles_only_what_may_fit():
 
 
 def test_search_for_whether_anything_fits_begins_with_what_holds_least():
-    tried = []
+    tried, needed = [], []
 
     def attempt(change):
         tried.append((change.mesh.fsdp, change.mesh.tensor))
-        return finding(False)
+        needed.append(change.accumulate)
+        return finding(bool(fitting) and change.accumulate >= fitting[0])
 
     def least(change):
         return 0.9 * GIB / (change.mesh.fsdp * change.mesh.tensor * (1 + change.mesh.tensor))
 
+    fitting: list[int] = []
     assert search(GIVEN, 4, 16, least, attempt, GIB, tries=4) is None
-    assert list(dict.fromkeys(tried)) == [(1, 4), (2, 2)]
+    assert list(dict.fromkeys(tried)) == [(1, 4), (2, 2)] and len(tried) == 4  # once for each remat
+    # Of the layout that does, the largest micro-batch; none is compiled twice.
+    fitting.append(4)
+    needed.clear()
+    found = search(GIVEN, 4, 16, least, attempt, GIB, tries=4)
+    assert found is not None and found[0].accumulate == 4
+    assert needed[-4:] == [16, 1, 4, 2]
 
 
 def test_lora_is_tried_last():

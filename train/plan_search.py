@@ -111,7 +111,7 @@ def search(
     if tries is not None:
         groups = sorted(groups, key=lambda g: g[0])[:tries]
     for _, group in groups:
-        found = _largest(group, attempt, tell)
+        found = _largest(group, attempt, tell, rather_none=tries is not None)
         if found is not None:
             return found
     return None
@@ -126,13 +126,19 @@ def _groups(every: Iterator[Change]) -> Iterator[list[Change]]:
 
 
 def _largest(
-    group: list[Change], attempt: Callable[[Change], Report], tell: Callable[[Change, str], None]
+    group: list[Change],
+    attempt: Callable[[Change], Report],
+    tell: Callable[[Change, str], None],
+    rather_none: bool = False,
 ) -> tuple[Change, Report] | None:
     """The first of `group` that fits. Smaller micro-batches need less, so that few of them have to be compiled: the
-    first, the last, and then the one in the middle of those between."""
+    first, the last, and then the one in the middle of those between. `rather_none`: the last before the first, for
+    where most groups have none that fits."""
     fits: dict[int, Report] = {}
 
     def tried(i: int) -> bool:
+        if i in fits:
+            return True
         found = attempt(group[i])
         if found.fits:
             fits[i] = found
@@ -141,9 +147,11 @@ def _largest(
         return found.fits
 
     low, high = 0, len(group) - 1
-    if tried(0):
-        return group[0], fits[0]
-    if high == 0 or not tried(high):
+    if rather_none and not tried(high):
+        return None
+    if tried(low):
+        return group[low], fits[low]
+    if high == low or not (rather_none or tried(high)):
         return None
     while high - low > 1:
         middle = (low + high) // 2
