@@ -161,7 +161,9 @@ def test_backward_through_a_trunk_keeps_no_copy_of_its_base():
 def test_at_full_rank_a_step_is_that_of_full_fine_tuning():
     """With a = 1 and scale 1 the change is b, whose gradient is the weight's own: the same loss, and after the update
     the same model, when only that layer is trained."""
-    cfg, optim = cases.av_config(), dataclasses.replace(cases.PLAIN, name="adamw", lr=1e-2, clip=0.0, b1=0.9)
+    # With Adam's usual eps even a gradient that is all rounding moves its weight by the learning rate.
+    step = {"name": "adamw", "lr": 1e-2, "clip": 0.0, "b1": 0.9, "eps": 1e-3}
+    cfg, optim = cases.av_config(), dataclasses.replace(cases.PLAIN, **step)
     cfg = dataclasses.replace(cfg, optim=optim)
     params, batch = cases.params(), cases.av_batch()
     D = cfg.model.d_model
@@ -176,7 +178,7 @@ def test_at_full_rank_a_step_is_that_of_full_fine_tuning():
     assert float(of_adapted["loss"]) == pytest.approx(float(of_full["loss"]), rel=1e-6)
     np.testing.assert_array_equal(adapted.params["wo"].a, one)  # b is 0: a has no gradient yet
     change, want = adapted.params["wo"].b, full.params.layers.wo - params.layers.wo
-    np.testing.assert_allclose(change, want, atol=2e-4 * float(jnp.abs(want).max()))
+    np.testing.assert_allclose(change, want, atol=2e-5 * float(jnp.abs(want).max()))
     assert float(jnp.abs(want).max()) > 5e-3
 
 
