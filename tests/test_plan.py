@@ -1,4 +1,4 @@
-"""`nla plan`: programs built from shapes and compiled for simulated devices, the search, bad input, a real slice."""
+"""`nla plan`: programs built from shapes and compiled for simulated devices, bad input, a real slice."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from nla_jax.tools import cli
 from nla_jax.train.plan import (
     Compiled,
     Compiler,
-    Report,
     Row,
     least_bytes,
     refused_bytes,
@@ -34,7 +33,6 @@ from nla_jax.train.plan import (
     row_of,
 )
 from nla_jax.train.plan_programs import extraction, joint_rl, n_ar_params, warm_start
-from nla_jax.train.plan_search import Change, changes, search
 from nla_jax.train.plan_slices import Chip, larger, parse_slice, why_not
 from nla_jax.train.plan_stage import Call, Model, make_place
 from nla_jax.train.plan_work import Lengths, Work, tree_bytes
@@ -199,96 +197,6 @@ def test_roofline_by_hand():
     assert roofline(work, None, CHIP, 2, "float32") == {"compute": 20.0, "memory": 0.5}
     row = Row("p", False, 1.0, 2.0, False, work, None, times)
     assert (row.bound, row.seconds, row.total) == ("compute", 2.0, 3.0)
-
-
-# The search -------------------------------------------------------------------------------------------------------
-
-GIVEN = Change(remat="none", accumulate=1, mesh=MeshSettings())
-
-
-def test_order_of_changes():
-    every = list(changes(GIVEN, 4, 16))
-    assert every[0] == GIVEN
-    assert every[1] == Change("dots", 1, MeshSettings())
-    assert every[2:5] == [Change("blocks", n, MeshSettings()) for n in (1, 2, 4)]
-    meshes = list(dict.fromkeys((c.mesh.fsdp, c.mesh.tensor) for c in every))
-    assert meshes == [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)]
-    for change in every:  # shards and micro-batches divide the rows
-        data, fsdp, _ = change.mesh.shape(4)
-        assert 16 % (data * fsdp * change.accumulate) == 0
-    assert len(set(every)) == len(every)
-
-
-def test_config_that_asks_for_more_is_kept():
-    given = Change("blocks", 4, MeshSettings(fsdp=2))
-    assert list(changes(given, 8, 64))[0] == given
-    assert all(c.accumulate >= 4 and c.remat == "blocks" for c in changes(given, 8, 64))
-
-
-def finding(fits, needs=1.0):
-    row = Row("AV update", False, needs * GIB, 0.0, not fits, Work(), None, {"compute": 1.0})
-    return Report("rl", {}, (row,), 16, {}, GIB, False)
-
-
-def test_search_compiles_only_what_may_fit():
-    tried, told = [], []
-
-    def least(change):
-        if change.mesh.tensor == 2:
-            raise InputError("mesh", expected="axes that divide")
-        return (2.0 if change.mesh.fsdp == 1 else 0.1 + 1.6 / change.accumulate) * GIB
-
-    def attempt(change):
-        tried.append(change)
-        fits = change.remat == "blocks" and change.accumulate >= 4
-        return finding(fits, 0.5 if fits else 1.5)
-
-    found = search(GIVEN, 4, 32, least, attempt, GIB, lambda change, why: told.append(why))
-    assert found is not None
-    assert found[0] == Change("blocks", 4, MeshSettings(fsdp=2))
-    # One shard holds too much whatever else is changed; fsdp 2 with 1 micro-batch too. Of those left the largest
-    # micro-batch is compiled, then the smallest, then those between.
-    assert [c.accumulate for c in tried] == [2, 8, 4]
-    assert "holds 2.0 GiB at least, in micro-batches however small" in told
-    assert "AV update needs 1.5 GiB" in told
-    assert found[0].flags("rl", GIVEN) == [
-        *("--config.rl.remat=blocks", "--config.rl.accumulate=4", "--config.rl.mesh.fsdp=2")
-    ]
-
-
-def test_search_for_whether_anything_fits_begins_with_what_holds_least():
-    tried, needed = [], []
-
-    def attempt(change):
-        tried.append((change.mesh.fsdp, change.mesh.tensor))
-        needed.append(change.accumulate)
-        return finding(bool(fitting) and change.accumulate >= fitting[0])
-
-    def least(change):
-        return 0.9 * GIB / (change.mesh.fsdp * change.mesh.tensor * (1 + change.mesh.tensor))
-
-    fitting: list[int] = []
-    assert search(GIVEN, 4, 16, least, attempt, GIB, tries=4) is None
-    assert list(dict.fromkeys(tried)) == [(1, 4), (2, 2)] and len(tried) == 4  # once for each remat
-    # Of the layout that does, the largest micro-batch; none is compiled twice.
-    fitting.append(4)
-    needed.clear()
-    found = search(GIVEN, 4, 16, least, attempt, GIB, tries=4)
-    assert found is not None and found[0].accumulate == 4
-    assert needed[-4:] == [16, 1, 4, 2]
-
-
-def test_lora_is_tried_last():
-    every = list(changes(GIVEN, 2, 16, ranks=(16,)))
-    ranks = [c.rank for c in every]
-    assert ranks == sorted(ranks) and set(ranks) == {0, 16}
-    found = search(GIVEN, 2, 16, lambda c: 0.0, lambda c: finding(c.rank == 16), GIB, ranks=(16,))
-    assert found is not None and found[0].flags("rl", GIVEN) == ["--config.lora.rank=16"]
-
-
-def test_search_that_finds_nothing():
-    assert search(GIVEN, 2, 16, lambda change: 0.0, lambda change: finding(False), GIB) is None
-    assert search(GIVEN, 2, 16, lambda change: 9 * GIB, lambda change: pytest.fail("compiled"), GIB) is None
 
 
 # Slices, and the command -------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ DOES_NOT_FIT = 3  # exit code
 @click.option("--slice", "slice_name", metavar="SLICE", help="Chips and how many: v5e:4x8, v5p:2x2x4, h100:1x1x8.")
 @click.option("--stage", "stages", default="rl", show_default=True, metavar="S,..", help="Of rl, av, ar, extract.")
 @click.option("--search", is_flag=True, help="Try remat, micro-batches, meshes and LoRA until it fits.")
+@click.option("--quick", is_flag=True, help="Compile with the least effort: in a quarter of the time.")
 @click.option("--flops", is_flag=True, help="Print what the method saves in FLOPs, and compile nothing.")
 @click.option("--layer", type=click.IntRange(min=0), metavar="K", help="Of a target that is none of the released.")
 @click.option("--response-tokens", type=click.IntRange(min=2), default=125, show_default=True, help="On average.")
@@ -40,6 +41,7 @@ def plan(
     slice_name: str | None,
     stages: str,
     search: bool,
+    quick: bool,
     flops: bool,
     layer: int | None,
     response_tokens: int,
@@ -54,6 +56,9 @@ def plan(
     Builds the programs that `nla train` and `nla extract` run, from shapes alone, and compiles them for chips that
     this machine does not have (pip install 'jax[tpu]'). Prints for each: memory of a chip, FLOPs, bytes moved and
     sent, and the least time that these take. Times are rooflines, a bound on the speed and no forecast of it.
+
+    Compilations take minutes. With --quick the compiler tries less to make programs fast: memory and bytes sent come
+    out within a percent. A search looks that way, and compiles what it found as training does.
 
     Targets: those of the released configs, or a directory with a config.json. With --search a chip alone, as in
     --slice v5e, asks for its smallest slice that fits. Exit codes: 0 fits, 3 does not.
@@ -79,7 +84,7 @@ def plan(
     run_config.override(loaded, ctx.meta["overrides"], wanted[0] if wanted[0] != "extract" else "rl")
     from nla_jax.tools.plan_run import Run, plan_stage
 
-    run = Run(loaded, target_model(loaded, layer, response_tokens), cache, document_tokens)
+    run = Run(loaded, target_model(loaded, layer, response_tokens), cache, document_tokens, quick)
     if flops:
         return _flops(run.model, loaded.get("target"), json_path)
     sizes = {"pairs": pairs, "documents": documents, "document_tokens": document_tokens}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _RANK = 16  # of LoRA where it is tried
 _TRIES = 3  # layouts of a slice that are compiled where any slice will do
+_LEAST_EFFORT = -1.0  # of the compiler, for programs that are looked at and not run
 # Settings that change no program.
 _ELSEWHERE = (
     *("out", "seed", "log_every", "eval_every", "save_every", "keep_last", "target", "store", "av", "ar", "init"),
@@ -34,6 +36,7 @@ class Run:
     model: Model
     cache: bool
     document_tokens: int
+    quick: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +87,12 @@ class _Trial:
 
         return least_bytes(self.built(change)[0])
 
-    def attempt(self, change: Change, whole: bool = False) -> Report:
+    def attempt(self, change: Change, effort: float = 0.0, whole: bool = False) -> Report:
         """Compiles the updates first, which need the most, and stops at what does not fit unless `whole`."""
         from nla_jax.train.plan import row_of, summary
 
         programs, place = self.built(change)
-        compiler = None if self.why is not None else _compiler(self.run, self.stage, self.slice, change)
+        compiler = None if self.why is not None else _compiler(self.run, self.stage, self.slice, change, effort)
         rows = {}
         for program in sorted(programs.programs, key=lambda p: not p.update):
             row = rows[program.name] = row_of(program, programs, place, self.slice.chip, compiler)
@@ -115,6 +118,9 @@ def _trial(run: Run, stage: str, one: Slice) -> _Trial:
 
 
 def _searched(run: Run, stage: str, one: Slice, options: dict[str, Any]) -> Result | None:
+    """Looks with the compiler's least effort, and compiles what was found as training does, unless the run is quick.
+
+    The two differ by less than a percent of memory. Should that decide, the search is done as training compiles."""
     from nla_jax.train.plan_search import search
 
     trial, given, rows = _trial(run, stage, one), change_of(run, stage), _rows(run, stage)
@@ -127,11 +133,17 @@ def _searched(run: Run, stage: str, one: Slice, options: dict[str, Any]) -> Resu
     hbm = one.chip.hbm
     if trial.why is not None:
         options = {**options, "tries": None}  # arithmetic costs nothing
-    found = search(given, one.chips, rows, trial.least, trial.attempt, hbm, tell, _most(stage), **options)
-    if found is None:
-        return None
-    change, report = found
-    return trial.result(report, flags=_flags(stage, change, given))
+    for effort in (_LEAST_EFFORT, 0.0):
+        attempt = functools.partial(trial.attempt, effort=effort)
+        found = search(given, one.chips, rows, trial.least, attempt, hbm, tell, _most(stage), **options)
+        if found is None:
+            return None
+        change, report = found
+        if effort and not run.quick:
+            report = trial.attempt(change)
+        if report.fits:
+            return trial.result(report, flags=_flags(stage, change, given))
+    raise AssertionError("a search found what does not fit")
 
 
 def _as_given(run: Run, stage: str, one: Slice) -> Result:
@@ -144,7 +156,7 @@ def _as_given(run: Run, stage: str, one: Slice) -> Result:
         why = "nothing was compiled: what the stage must hold is more than a chip has"
         found, more = count(programs, place, one.chip, None), {"why": why}
     else:
-        found, more = trial.attempt(given, whole=True), {}
+        found, more = trial.attempt(given, _LEAST_EFFORT if run.quick else 0.0, whole=True), {}
     if not found.fits:
         more["advice"] = _advice(stage, given, one, _rows(run, stage), trial.least)
     return trial.result(found, **more)
@@ -205,7 +217,7 @@ def stage_of(run: Run, stage: str, change: Change, devices: list[Any]) -> tuple[
     return (joint_rl if stage == "rl" else warm_start)(settings, run.model, place), place
 
 
-def _compiler(run: Run, stage: str, one: Slice, change: Change) -> Any:
+def _compiler(run: Run, stage: str, one: Slice, change: Change, effort: float) -> Any:
     from nla_jax.train.plan import Compiler
 
     settings = {} if stage == "extract" else _settings(run, stage).to_dict()
@@ -213,7 +225,7 @@ def _compiler(run: Run, stage: str, one: Slice, change: Change) -> Any:
     def key(*left_out: str) -> str:
         kept = {name: value for name, value in settings.items() if name not in (*_ELSEWHERE, *left_out)}
         changed = {name: value for name, value in dataclasses.asdict(change).items() if name not in left_out}
-        said = [repr(run.model), kept, run.document_tokens, one.name, changed, versions(), _sources()]
+        said = [repr(run.model), kept, run.document_tokens, one.name, changed, effort, versions(), _sources()]
         return json.dumps(said, sort_keys=True)
 
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -222,7 +234,7 @@ def _compiler(run: Run, stage: str, one: Slice, change: Change) -> Any:
     def compiling(name: str) -> None:
         note(f"compiling {name} for {one.name}, {_mesh_words(change.mesh.shape(one.chips))}")
 
-    return Compiler(key(), directory, compiling, key("remat", "accumulate"))
+    return Compiler(key(), directory, compiling, key("remat", "accumulate"), effort)
 
 
 def versions() -> list[str]:

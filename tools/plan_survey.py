@@ -42,7 +42,7 @@ def commands() -> dict[str, list[str]]:
         for chip in CHIPS:
             for config in CONFIGS:
                 name = f"{config} {'LoRA' if lora else 'full'} {chip}"
-                out[name] = [f"--config={config}", f"--config.lora.rank={lora}", "--slice", chip, "--search"]
+                out[name] = [f"--config={config}", f"--config.lora.rank={lora}", "--slice", chip, "--search", "--quick"]
     for shape in SCALING:
         copies = parse_slice(f"v5p:{shape}").chips // SCALED
         out[f"weak scaling v5p:{shape}"] = [

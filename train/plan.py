@@ -105,7 +105,7 @@ class Compiler:
 
     `key` says all that a program's name leaves open: settings, slice, mesh, versions; `of_others` the same of programs
     that are no updates, which a search over remat and accumulate need not compile again. `note` is told before each
-    compilation."""
+    compilation. `effort` is the compiler's for the speed of programs, from -1 to 1, 0 what training gets."""
 
     def __init__(
         self,
@@ -113,8 +113,9 @@ class Compiler:
         directory: Path | None = None,
         note: Callable[[str], None] = lambda text: None,
         of_others: str | None = None,
+        effort: float = 0.0,
     ):
-        self.key, self.directory, self.note = key, directory, note
+        self.key, self.directory, self.note, self.effort = key, directory, note, effort
         self.of_others = key if of_others is None else of_others
         self._outputs: Outputs = {}
 
@@ -142,6 +143,8 @@ class Compiler:
         self.note(program.name)
         start = time.monotonic()
         lowered = program.lower(self._outputs)
+        usual = jax.config.jax_exec_time_optimization_effort
+        jax.config.update("jax_exec_time_optimization_effort", self.effort)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -149,6 +152,8 @@ class Compiler:
             if needs is None:
                 raise
             return Compiled(needs, refused=True, seconds=time.monotonic() - start)
+        finally:
+            jax.config.update("jax_exec_time_optimization_effort", usual)
         specs = jax.tree.map(_spec, compiled.output_shardings, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))
         leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, list))
         moved = sent(collectives(compiled.as_text()))
