@@ -25,7 +25,7 @@ from nla_jax.models.config import ModelConfig, text_part, truncate_hf_config
 from nla_jax.models.errors import CheckpointError, ConfigError, InputError
 from nla_jax.models.hf_keys import LM_HEAD, NORM, Slot, ignorable, layout_of, leaf, slots
 from nla_jax.models.int8 import empty_stack, is_matrix, need_library, quantize_row
-from nla_jax.models.lora import Adapted
+from nla_jax.models.lora import is_adapted
 from nla_jax.models.params import Layers, Params, param_specs
 from nla_jax.models.placing import of_row, on_host, placer, put, row_on_host
 from nla_jax.models.safetensors_io import (
@@ -300,7 +300,7 @@ def write_checkpoint(
         raise ValueError(f"role {role!r} {'without a' if head is None else 'with a'} head")
     to = None if dtype is None else as_dtype(dtype)
     wanted = slots(cfg, head=role != "ar")
-    adapted = any(isinstance(x, Adapted) for x in vars(params.layers).values())
+    adapted = is_adapted(params.layers)
     entries = []
     for key, slot in wanted.items():
         array = leaf(params, slot)

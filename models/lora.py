@@ -92,6 +92,11 @@ class Adapted:
         return _sum(w, a, b, self.scale)
 
 
+def is_adapted(layers: Any) -> bool:
+    """Whether some of these `Layers`' matrices are frozen and have changes."""
+    return any(isinstance(x, Adapted) for x in vars(layers).values())
+
+
 def row_of(stack: Any, row: Any) -> jax.Array:
     """A block's entry of a stack as a plain array: adapted ones with their change added, 8 bits made wide."""
     if isinstance(stack, Adapted):

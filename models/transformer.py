@@ -19,7 +19,7 @@ from nla_jax.models.cache import Cache, Prefix
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.errors import InputError
 from nla_jax.models.layers import apply_rope, embed, gated, linear, rms_norm, rope_tables, unembed
-from nla_jax.models.lora import row_of
+from nla_jax.models.lora import is_adapted, row_of
 from nla_jax.models.params import Layers, Params
 from nla_jax.models.sharding import constrain
 
@@ -140,8 +140,8 @@ def run_blocks(
     body = step
     if remat != "none":
         body = jax.checkpoint(step, prevent_cse=False, policy=_REMAT[remat])
-    elif any(apart) and not all(apart):
-        # Adapters of a trunk on a base that goes on: of the frozen rows no copy is kept either.
+    elif is_adapted(params.layers):
+        # Of the frozen rows, scanned or not, a copy would be kept: only what is trained is known to the backward pass.
         body = jax.checkpoint(step, prevent_cse=False, policy=_but_rows)
     blocks = (jnp.arange(first_layer, n_layers), [w if whole else None for w, whole in zip(stacks, apart, strict=True)])
     x = constrain(x_BxTxD, "rows", None, None)
