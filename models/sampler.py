@@ -1,4 +1,4 @@
-"""Autoregressive decoding from a prefilled cache: one jitted loop, the cache donated and carried in place.
+"""Autoregressive decoding from a prefilled cache: one loop, the cache carried in place.
 
 Every row draws with its own key, so a row's tokens depend on its key and its prompt, not on the batch it ran in.
 Sampling is greedy at temperature 0, else a plain softmax sample: no top-k or top-p, so that the returned
@@ -6,8 +6,6 @@ log-probabilities are those of the distribution that was sampled from (at temper
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -88,12 +86,11 @@ def _invert_cdf(logits_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     return (chunk * _CHUNK + jnp.argmax(inside >= rest[:, None], axis=-1)).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "stop_ids", "max_new_tokens"), donate_argnames=("cache",))
 def decode(
     params: Params,
     prefix: Prefix | None,
     cache: Cache,
-    start: jax.Array,
+    start: int,
     logits_BxV: jax.Array,
     keys_B: jax.Array,
     temperature: jax.Array,
@@ -101,11 +98,12 @@ def decode(
     cfg: ModelConfig,
     stop_ids: tuple[int, ...],
     max_new_tokens: int,
-) -> tuple[Samples, Cache]:
+) -> Samples:
     """Samples up to `max_new_tokens` per row, starting from the logits of the last prompt token.
 
-    `cache` holds the prompt's own tokens in slots 0..start-1 and room for the new ones. It is donated, and returned
-    because a buffer can only be reused in place where it is an output as well.
+    `cache` holds the prompt's own tokens in slots 0..start-1 and room for the new ones. To be compiled together with
+    what fills it: as an argument of its own program it has the layout of arguments, of which the loop makes a copy in
+    its own (compiled for TPU v5p, a rollout of Gemma-3-12B needs 22.4 GiB of a chip in one program, 37.4 in two).
     The loop ends when every row has drawn a stop token or the cap is reached.
     """
     B = logits_BxV.shape[0]
@@ -142,5 +140,5 @@ def decode(
         jnp.zeros((B, max_new_tokens), jnp.float32).at[:, 0].set(logprob),
         jnp.ones((B,), jnp.int32),
     )
-    _, _, done, cache, tokens, logprobs, lengths = jax.lax.while_loop(more, body, state)
-    return constrain_rows(Samples(tokens=tokens, logprobs=logprobs, lengths=lengths, stopped=done)), cache
+    _, _, done, _, tokens, logprobs, lengths = jax.lax.while_loop(more, body, state)
+    return constrain_rows(Samples(tokens=tokens, logprobs=logprobs, lengths=lengths, stopped=done))

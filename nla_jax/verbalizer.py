@@ -83,12 +83,10 @@ def prefill(
 av_prefix_jit = functools.partial(jax.jit, static_argnames=("prompt", "cfg"))(av_prefix)
 
 
-@functools.partial(jax.jit, static_argnames=("prompt", "cfg", "injection_scale", "mode", "samples", "slots"))
-def _start(params, prefix, vectors_NxD, *, prompt, cfg, injection_scale, mode, samples, slots):
-    cache, logits = prefill(params, prefix, vectors_NxD, prompt, cfg, injection_scale=injection_scale, mode=mode)
-    return repeat_rows(cache, samples, cache.slots + slots), jnp.repeat(logits, samples, axis=0)
-
-
+@functools.partial(
+    jax.jit,
+    static_argnames=("prompt", "cfg", "injection_scale", "mode", "samples", "max_new_tokens", "stop_ids"),
+)
 def sample_explanations(
     params: Params,
     prefix: Prefix | None,
@@ -100,7 +98,7 @@ def sample_explanations(
     injection_scale: float,
     mode: str = "replace",
     samples: int = 1,
-    temperature: float = 1.0,
+    temperature: jax.Array | float = 1.0,
     max_new_tokens: int = 150,
     stop_ids: tuple[int, ...] = (),
 ) -> Samples:
@@ -110,28 +108,16 @@ def sample_explanations(
     `vectors` are raw [N, D] activations; they are rescaled at injection. `keys` [N * samples] are typed PRNG keys
     (`models.sampler.row_keys`). The result is on device.
     """
-    cache, logits = _start(
+    cache, logits = prefill(params, prefix, vectors_NxD, prompt, cfg, injection_scale=injection_scale, mode=mode)
+    return decode(
         params,
         prefix,
-        vectors_NxD,
-        prompt=prompt,
-        cfg=cfg,
-        injection_scale=float(injection_scale),
-        mode=mode,
-        samples=samples,
-        slots=max_new_tokens,
-    )
-    start = jnp.asarray(len(prompt.ids) - prompt.marker, jnp.int32)
-    result, _ = decode(
-        params,
-        prefix,
-        cache,
-        start,
-        logits,
+        repeat_rows(cache, samples, cache.slots + max_new_tokens),
+        len(prompt.ids) - prompt.marker,
+        jnp.repeat(logits, samples, axis=0),
         keys,
-        jnp.asarray(temperature, jnp.float32),
+        temperature,
         cfg=cfg,
-        stop_ids=tuple(stop_ids),
+        stop_ids=stop_ids,
         max_new_tokens=max_new_tokens,
     )
-    return result

@@ -52,13 +52,13 @@ def stage_named(name, run):
 
 
 def runner(stage, run):
-    return Runner(stage, run.model.cfg.vocab_size, run.model.lengths.tail)
+    return Runner(stage, run.model.cfg.vocab_size)
 
 
 def arrays(call):
     """What the benchmark makes of a call's arguments, made anew."""
     beside = named(call)
-    return {path: make(path, beside, CONFIG["vocab_size"], Lengths().tail) for path in beside}
+    return {path: make(path, beside, CONFIG["vocab_size"]) for path in beside}
 
 
 # The programs ------------------------------------------------------------------------------------------------------
@@ -105,32 +105,31 @@ def test_joint_step_runs_the_plans_programs_on_each_others_results(rl_stage, mon
 
     class Listening(Runner):
         def run(self, program, measured):
-            if program.name == "decode":
-                call = program.call(self.outputs)
-                # Before the cache is donated; the state as it is then.
-                vectors = self._batches["prefill", ("vectors",)]
-                keys = make(("keys",), named(call), CONFIG["vocab_size"], Lengths().tail)
+            if program.name == "rollout":
+                # With the state as it is then.
+                shapes = named(program.call(self.outputs))
+                keys, vectors = (make((name,), shapes, CONFIG["vocab_size"]) for name in ("keys", "vectors"))
                 params = jax.tree.map(lambda shape: self._held[id(shape)], rl_stage.residents["AV state"].params)
                 drawn.append(rl.rollout(params, vectors, keys, cfg=config))
             result = super().run(program, measured)
-            if program.name == "decode":
-                drawn.append(result[0])
+            if program.name == "rollout":
+                drawn.append(result)
             return result
 
     config = next(p for p in rl_stage.programs if p.name == "reward").call({}).options["cfg"]
     monkeypatch.setattr(Program, "lower", spy)
     monkeypatch.setattr(bench_device_run, "Runner", Listening)
-    found = measure(rl_stage, CONFIG["vocab_size"], Lengths().tail, rounds=1)
+    found = measure(rl_stage, CONFIG["vocab_size"], rounds=1)
     assert found.refused is None
     assert lowered == [p.name for p in rl_stage.programs] == [t.name for t in found.timings]
-    assert [len(t.seconds) for t in found.timings] == [1] * 8
+    assert [len(t.seconds) for t in found.timings] == [1] * 7
     assert all(t.needs > 0 and t.compile_seconds > 0 for t in found.timings)
     # Twice, with the parameters of before and after the first update: what `rl.rollout` draws itself.
     assert len(drawn) == 4
     for ours, theirs in (drawn[:2], drawn[2:]):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
         np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=1e-5, atol=1e-6)
-    timing = next(t for t in found.timings if t.name == "decode")
+    timing = next(t for t in found.timings if t.name == "rollout")
     assert timing.drawn == int(np.asarray(drawn[3].lengths).sum()) and timing.cap == 32
 
 
@@ -163,17 +162,17 @@ def test_arrays_are_usable(rl_stage):
     )
 
 
-def test_decode_starts_after_the_prompts_own_tokens():
-    def fn(start, temperature, keys_B):
+def test_keys_and_options_that_are_arrays():
+    def fn(start, keys_B, temperature):
         return start
 
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 3))
-    shapes = [jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32), key]
     place = make_place(MeshSettings(), jax.devices()[:1])
-    call = Call(jax.jit(fn), tuple(place.array(s.shape, s.dtype) for s in shapes), {"static": (1, 2)})
-    made = arrays(call)
+    given = (place.array((), jnp.int32), place.array(key.shape, key.dtype))
+    options = {"static": (1, 2), "temperature": place.array((), jnp.float32)}
+    made = arrays(Call(jax.jit(fn), given, options))
     assert set(made) == {("start",), ("temperature",), ("keys",)}
-    assert int(made["start",]) == Lengths().tail and float(made["temperature",]) == 1.0
+    assert int(made["start",]) == 0 and float(made["temperature",]) == 1.0
     assert made["keys",].shape == (3,)
 
 
@@ -195,17 +194,17 @@ def test_what_does_not_fit_is_one_line(rl_stage, name, monkeypatch):
         else dataclasses.replace(p, call=rl_stage.programs[1].call, after=())
         for p in rl_stage.programs[1:]
     )
-    found = measure(dataclasses.replace(rl_stage, programs=programs), CONFIG["vocab_size"], Lengths().tail, rounds=1)
+    found = measure(dataclasses.replace(rl_stage, programs=programs), CONFIG["vocab_size"], rounds=1)
     assert found.refused == f"{name}: RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."
     text = "\n".join(lines(found, summary(found, limits_of("cpu", "float32", 1, 1), 1, 25.8), limits_of("x", "", 1, 1)))
     assert "a step of" not in text  # programs are missing
 
 
 def test_what_surely_does_not_fit_is_not_tried(rl_stage):
-    found = measure(rl_stage, CONFIG["vocab_size"], Lengths().tail, memory=1000.0)
+    found = measure(rl_stage, CONFIG["vocab_size"], memory=1000.0)
     assert found.timings == () and "GiB of a chip at least" in found.refused
     with pytest.raises(DoesNotFitError, match="re-layout needs"):
-        Runner(rl_stage, CONFIG["vocab_size"], Lengths().tail, memory=1000.0).run(rl_stage.programs[1], False)
+        Runner(rl_stage, CONFIG["vocab_size"], memory=1000.0).run(rl_stage.programs[1], False)
 
 
 # The arithmetic ----------------------------------------------------------------------------------------------------
@@ -239,9 +238,9 @@ def test_shares_by_hand():
 def test_decode_against_the_bandwidth_by_hand():
     # 4 rows of 10 tokens, 9 steps after the first; 18 GB moved in 0.03 s at 1 TB/s: 60%.
     work = Work(1e9, 2e9, 18e9)
-    timing = Timing("decode", False, work, (0.03,), drawn=40, longest=10, cap=10)
+    timing = Timing("rollout", False, work, (0.03,), drawn=40, longest=10, cap=10)
     limits = limits_of("cpu", "bfloat16", 100.0, 1000.0)
-    stage = stage_of("rl", (Program("decode", None, work),), 4)
+    stage = stage_of("rl", (Program("rollout", None, work),), 4)
     measured = Measured(stage, (timing,))
     found = summary(measured, limits, 1, None)
     assert found.decode["of_bandwidth"] == pytest.approx(0.6)
@@ -308,7 +307,7 @@ def test_all_stages_from_the_command_line(target, tmp_path):
             assert row["loss"] is None or math.isfinite(row["loss"])
         assert list((tmp_path / "trace" / stage["stage"]).rglob("*.xplane.pb")), stage["stage"]
     assert [s["chips"] for s in found["stages"]] == [1, 1, 1, 8]  # the config's mesh, and every device for extraction
-    assert [row["name"] for row in found["stages"][2]["programs"]][2:4] == ["prefill", "decode"]
+    assert [row["name"] for row in found["stages"][2]["programs"]][2:4] == ["rollout", "reference log-probs"]
 
 
 @pytest.mark.parametrize(

@@ -133,11 +133,11 @@ def test_greedy_decoding(hf, case, tmp_path):
     logprobs = torch.log_softmax(torch.stack(out.logits, dim=1), dim=-1).amax(dim=-1).numpy()
 
     x, cache, _ = run_blocks(params, embed(params, ids, cfg), cfg, cache=empty_cache(cfg, 4, ids.shape[1] + new))
-    result, _ = decode(
+    result = jax.jit(decode, static_argnames=("cfg", "stop_ids", "max_new_tokens"))(
         params,
         None,
         cache,
-        jnp.asarray(ids.shape[1], jnp.int32),
+        ids.shape[1],
         unembed(params, x[:, -1:], cfg)[:, 0],
         row_keys(0, jnp.arange(4), 1),
         jnp.asarray(0.0),

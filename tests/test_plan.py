@@ -60,7 +60,7 @@ def rl_stage():
 def test_joint_rl_is_made_of_the_programs_that_training_runs(rl_stage):
     names = [p.name for p in rl_stage.programs]
     assert names == [
-        *("KL reference", "re-layout", "prefill", "decode", "reference log-probs", "reward", "AV update", "AR update")
+        *("KL reference", "re-layout", "rollout", "reference log-probs", "reward", "AV update", "AR update")
     ]
     assert [p.name for p in rl_stage.programs if p.once] == ["KL reference"]
     assert rl_stage.rows == 16
@@ -94,7 +94,7 @@ def test_with_lora_all_roles_lie_on_one_base(mesh):
     full = {p.name: p.work for p in joint_rl(dataclasses.replace(RL, mesh=mesh), MODEL, place(mesh)).programs}
     for name in ("AV update", "AR update"):
         assert 0.66 < rows[name].work.useful / full[name].useful < 0.75
-    assert rows["decode"].work == full["decode"]
+    assert rows["rollout"].work == full["rollout"]
 
 
 @pytest.fixture(scope="module")
@@ -173,15 +173,15 @@ def test_program_that_does_not_compile_leaves_those_after_it_unknown(rl_stage, m
             raise jax.errors.JaxRuntimeError(message)
 
     programs = tuple(
-        dataclasses.replace(p, call=lambda out: Call(Refused(), ())) if p.name == "prefill" else p
-        for p in rl_stage.programs[:4]
+        dataclasses.replace(p, call=lambda out: Call(Refused(), ())) if p.name == "re-layout" else p
+        for p in rl_stage.programs[:3]
     )
     stage = dataclasses.replace(rl_stage, programs=programs)
     found = report(stage, place(), CHIP, Compiler("refused"))
     assert not found.fits
     rows = {row.name: row for row in found.rows}
-    assert rows["prefill"].refused and rows["prefill"].needs == pytest.approx(15.84 * GIB)
-    assert rows["decode"].refused and not rows["re-layout"].refused
+    assert rows["re-layout"].refused and rows["re-layout"].needs == pytest.approx(15.84 * GIB)
+    assert rows["rollout"].refused and not rows["KL reference"].refused
 
 
 def test_refusals_as_compilers_word_them():

@@ -163,7 +163,6 @@ def _measure(run: Any, stage: str, rounds: int, profile: Path | None) -> tuple[M
     measured = measure(
         programs,
         run.model.cfg.vocab_size,
-        run.model.lengths.tail,
         rounds=rounds,
         profile=profile,
         memory=memory_of(jax.devices()),

@@ -60,9 +60,8 @@ def _text(key: Any) -> str:
     return str(next(getattr(key, name) for name in ("name", "key", "idx") if hasattr(key, name)))
 
 
-def make(path: Path, beside: dict[Path, Any], vocabulary: int, start: int) -> jax.Array:
-    """An array for the shape at `path` of `beside`, a call's named arguments. `start`: the cached tokens that decoding
-    begins after."""
+def make(path: Path, beside: dict[Path, Any], vocabulary: int) -> jax.Array:
+    """An array for the shape at `path` of `beside`, a call's named arguments."""
     leaf = beside[path]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.jit(lambda: jax.random.split(jax.random.key(0), leaf.shape), out_shardings=leaf.sharding)()
@@ -73,20 +72,20 @@ def make(path: Path, beside: dict[Path, Any], vocabulary: int, start: int) -> ja
     elif name == "tokens":
         kind, value = "below", vocabulary
     else:
-        kind, value = _kind(path, leaf.dtype, vocabulary, start)
+        kind, value = _kind(path, leaf.dtype, vocabulary)
     # Salted by the path: two matrices of one shape are not the same one. An argument and no constant, or the compiler
     # would compute the array itself.
     salt = jnp.uint32(zlib.crc32("/".join(path).encode()))
     return _made(leaf.shape, jnp.dtype(leaf.dtype).name, kind, leaf.sharding)(salt, jnp.float32(value))
 
 
-def _kind(path: Path, dtype: Any, vocabulary: int, start: int) -> tuple[str, float]:
+def _kind(path: Path, dtype: Any, vocabulary: int) -> tuple[str, float]:
     """How values are made, and the number that goes with it."""
     name = path[-1]
     if jnp.issubdtype(dtype, jnp.bool_):
         return "constant", name not in _FALSE
     if jnp.issubdtype(dtype, jnp.integer):
-        return "constant", start if name == "start" else 0  # counts of steps
+        return "constant", 0  # counts of steps
     if "opt" in path or name == "penalty":
         return "constant", 0.0
     if name in ("weight", "temperature") or "norm" in name:

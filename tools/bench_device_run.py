@@ -63,12 +63,11 @@ class Runner:
         self,
         stage: Stage,
         vocabulary: int,
-        start: int,
         memory: float | None = None,
         note: Callable[[str], None] = lambda text: None,
     ):
         """See `measure`."""
-        self.stage, self.vocabulary, self.start, self.memory, self.note = stage, vocabulary, start, memory, note
+        self.stage, self.vocabulary, self.memory, self.note = stage, vocabulary, memory, note
         self.outputs: dict[str, Any] = {}
         self.compiled: dict[str, Any] = {}
         self.timings: dict[str, Timing] = {}
@@ -130,7 +129,7 @@ class Runner:
             kept: dict[Any, jax.Array] = self._held if id(leaf) in self._resident else self._batches
             key: Any = id(leaf) if kept is self._held else (program.name, path)
             if key not in kept:
-                kept[key] = make(path, beside, self.vocabulary, self.start)
+                kept[key] = make(path, beside, self.vocabulary)
             return kept[key]
 
         return filled(call, one)
@@ -138,7 +137,7 @@ class Runner:
     def _note_time(self, program: Program, seconds: float, result: Any) -> None:
         before = self.timings[program.name]
         after = dataclasses.replace(before, seconds=(*before.seconds, seconds))
-        for part in result if isinstance(result, tuple) else ():
+        for part in result if type(result) is tuple else (result,):
             if isinstance(part, Samples):
                 lengths, cap = np.asarray(part.lengths), part.tokens.shape[1]
                 after = dataclasses.replace(after, drawn=int(lengths.sum()), longest=int(lengths.max()), cap=cap)
@@ -159,7 +158,6 @@ class Runner:
 def measure(
     stage: Stage,
     vocabulary: int,
-    start: int,
     *,
     rounds: int = 3,
     profile: Path | None = None,
@@ -167,13 +165,13 @@ def measure(
     note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Runs a stage: every program once unmeasured, then `rounds` times those that are part of every step, then those
-    that are not and that no other needs. `start`: cached tokens that decoding begins after. `profile`: a directory for
-    a trace of one more round. `memory`: bytes of a device, where they are known: what surely needs more is not tried.
+    that are not and that no other needs. `profile`: a directory for a trace of one more
+    round. `memory`: bytes of a device, where they are known: what surely needs more is not tried.
     """
     least = least_bytes(stage)
     if memory is not None and least > memory:
         return Measured(stage, (), f"needs {_gib(least)} of a chip at least, which has {_gib(memory)}")
-    runner = Runner(stage, vocabulary, start, memory, note)
+    runner = Runner(stage, vocabulary, memory, note)
     refused = None
     try:
         _rounds(runner, rounds, profile)

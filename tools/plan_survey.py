@@ -48,6 +48,7 @@ def commands() -> dict[str, list[str]]:
         out[f"weak scaling v5p:{shape}"] = [
             *("--config=qwen2_5_7b_l20", "--slice", f"v5p:{shape}", f"--config.mesh.fsdp={SCALED}"),
             f"--config.rl.batch_size={32 * copies}",
+            "--quick",
         ]
     return out
 
@@ -129,7 +130,7 @@ def scaling_table(results: dict[str, Any]) -> list[str]:
             continue
         sent = {name: sum(kinds.values()) / 1e9 for name, kinds in found["sent"].items()}
         parts = [
-            *(("re-layout", "prefill", "decode"), ("reference log-probs", "reward")),
+            *(("re-layout", "rollout"), ("reference log-probs", "reward")),
             *(("AV update",), ("AR update",)),
         ]
         cells = [f"{sum(sent.get(name, 0.0) for name in names):.1f}" for names in parts]

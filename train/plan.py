@@ -232,11 +232,13 @@ def peak_bytes(compiled: Any) -> float:
     """Bytes of one device's memory that a program needs at its fullest, its arguments included.
 
     The TPU compiler's own peak, which is what it refuses programs by; its `temp_size` counts memory twice that
-    results share with arguments. Others give no peak: the sum of what they give is an upper bound."""
+    results share with arguments. Of others the sum of what they give, an upper bound: the CPU's peak leaves out what
+    loops hold."""
     memory = compiled.memory_analysis()
     whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     whole += memory.temp_size_in_bytes
-    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    device = min(jax.tree.leaves(compiled.output_shardings)[0].device_set, key=lambda d: d.id)
+    peak = memory.peak_memory_in_bytes if device.platform == "tpu" else 0
     return float(min(peak, whole) if peak else whole) + memory.generated_code_size_in_bytes
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 
-from nla_jax import extract, verbalizer
+from nla_jax import extract
 from nla_jax.models.config import ModelConfig
 from nla_jax.models.lora import LoRAConfig, n_adapter_params
 from nla_jax.models.params import n_params, param_specs
-from nla_jax.models.sampler import Samples, decode
+from nla_jax.models.sampler import Samples
 from nla_jax.models.sharding import on_its_mesh
 from nla_jax.prompt import AVPrompt
 from nla_jax.train import rl, steps
@@ -22,6 +22,7 @@ from nla_jax.train.adapted import trained_specs, whole
 from nla_jax.train.plan_stage import Call, Model, Outputs, Place, Program, Stage
 from nla_jax.train.plan_work import Work, cache_bytes, decoding, kept_bytes, products, reading, training
 from nla_jax.train.settings import OptimizerSettings, RLSettings, SFTSettings
+from nla_jax.verbalizer import sample_explanations
 
 _STOP_IDS = (0, 1)  # which ids they are changes no program
 _AR_STEP = 8  # AR prompts are padded to a multiple of this (train/texts.py)
@@ -97,22 +98,18 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
         own, prefix = out["KL reference"]
         return Call(rl.reference_logprobs, (whole(own, base, lora), prefix, samples, vectors), {"cfg": cfg})
 
-    def start(out: Outputs) -> Call:
+    def sample(out: Outputs) -> Call:
         options = {
             "prompt": av.prompt,
             "cfg": model.cfg,
             "injection_scale": av.injection_scale,
             "mode": av.mode,
             "samples": s.samples,
-            "slots": R,
+            "temperature": place.array((), "float32"),
+            "max_new_tokens": R,
+            "stop_ids": _STOP_IDS,
         }
-        return Call(on_its_mesh(verbalizer._start), (*sampler(out), vectors), options)
-
-    def sample(out: Outputs) -> Call:
-        (params, prefix), (cache, logits) = sampler(out), out["prefill"]
-        first, temperature = place.array((), "int32"), place.array((), "float32")
-        options = {"cfg": model.cfg, "stop_ids": _STOP_IDS, "max_new_tokens": R}
-        return Call(on_its_mesh(decode), (params, prefix, cache, first, logits, keys, temperature), options)
+        return Call(on_its_mesh(sample_explanations), (*sampler(out), vectors, keys), options)
 
     texts = {"tokens": place.rows((S, width), "int32"), "lengths": counts, "failed": flags}
     of_rows = {"vectors": vectors, "valid": place.rows((N,), "bool")}
@@ -144,7 +141,7 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     weights_av = products(model.cfg, S, mean, cap, shared=lengths.marker, **logits)
     weights_ar = products(model.trunk, S, lengths.ar_text, width)
     of_texts = _with_head(reading(model.trunk, S, lengths.ar_text, width, split, bytes_), D, S)
-    trained = Work(*(a + b for a, b in zip(_plain(of_policy), _plain(of_prefix), strict=True)))
+    trained = _sum(of_policy, of_prefix)
     wide = _WIDTHS[s.param_dtype]
     narrow = bytes_ * n_params(model.cfg) / split.tensor
     n_av, n_ar = n_trained("av", model.cfg, lora), n_trained("ar", model.trunk, lora)
@@ -173,18 +170,10 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
             least=narrow,
         ),
         Program(
-            "prefill",
-            start,
-            prefilled,
-            after=("re-layout",),
-            given=decoders,
-            least=narrow + cache,
-        ),
-        Program(
-            "decode",
+            "rollout",
             sample,
-            decoding(model.cfg, S, lengths, R, split, kv_split, bytes_),
-            after=("re-layout", "prefill"),
+            _sum(prefilled, decoding(model.cfg, S, lengths, R, split, kv_split, bytes_)),
+            after=("re-layout",),
             given=decoders,
             least=narrow + cache,
         ),
@@ -298,5 +287,5 @@ def _with_head(work: Work, d_model: int, rows: int) -> Work:
     return Work(work.useful + flops, work.computed + flops, work.moved)
 
 
-def _plain(work: Work) -> tuple[float, float, float]:
-    return work.useful, work.computed, work.moved
+def _sum(a: Work, b: Work) -> Work:
+    return Work(a.useful + b.useful, a.computed + b.computed, a.moved + b.moved)
