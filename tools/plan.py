@@ -57,8 +57,8 @@ def plan(
     this machine does not have (pip install 'jax[tpu]'). Prints for each: memory of a chip, FLOPs, bytes moved and
     sent, and the least time that these take. Times are rooflines, a bound on the speed and no forecast of it.
 
-    Compilations take minutes. With --quick the compiler tries less to make programs fast: memory and bytes sent come
-    out within a percent. A search looks that way, and compiles what it found as training does.
+    Compilations take minutes. With --quick the compiler tries less to make programs fast: memory comes out within a
+    few percent, bytes sent up to a fifth more. A search looks that way, and compiles what it found as training does.
 
     Targets: those of the released configs, or a directory with a config.json. With --search a chip alone, as in
     --slice v5e, asks for its smallest slice that fits. Exit codes: 0 fits, 3 does not.
