@@ -24,7 +24,7 @@ def test_every_pair_is_asked_for_on_every_chip_with_and_without_lora():
     chips = [parse_slice(f"v5p:{shape}").chips for shape in survey.SCALING]
     assert chips == [8, 16, 32, 64, 128, 256]
     # Every chip has as many activations, whatever the slice.
-    rows = [int(c[-1].rpartition("=")[2]) for n, c in survey.commands().items() if "scaling" in n]
+    rows = [int(c[-2].rpartition("=")[2]) for n, c in survey.commands().items() if "scaling" in n]
     assert [n / size for n, size in zip(rows, chips, strict=True)] == [4.0] * 6
 
 
