@@ -93,7 +93,7 @@ def decode(
     start: int,
     logits_BxV: jax.Array,
     keys_B: jax.Array,
-    temperature: jax.Array,
+    temperature: jax.Array | float,
     *,
     cfg: ModelConfig,
     stop_ids: tuple[int, ...],
