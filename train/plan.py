@@ -143,7 +143,7 @@ class Compiler:
         self.note(program.name)
         start = time.monotonic()
         lowered = program.lower(self._outputs)
-        usual = jax.config.read("jax_exec_time_optimization_effort")
+        usual = jax.config.jax_exec_time_optimization_effort  # type: ignore[attr-defined]
         jax.config.update("jax_exec_time_optimization_effort", self.effort)
         try:
             compiled = lowered.compile()
