@@ -104,12 +104,14 @@ def test_a_trickling_reply_meets_the_time_limit(tmp_path):
 def test_retry_after_is_honoured_by_every_request(tmp_path, kind):
     # A date has whole seconds only: two of them are at least one.
     seconds, least = (1, 1.0) if kind == "wait" else (2, 1.0)
-    with FakeLLM(lambda seen: (kind, seconds) if fake.asked.index(seen) == 4 else None) as fake:
+    # The next one's reply takes long enough for the refusal to be read before anything is sent after it.
+    replies = {4: (kind, seconds), 5: ("slow", 0.3)}
+    with FakeLLM(lambda seen: replies.get(fake.asked.index(seen))) as fake:
         lesson = run(fake, tmp_path, TEXTS[:12], concurrency=2)
     told = fake.asked[4].at
-    # What was sent before the reply had been read may have arrived just after; everything else waited.
-    early = [seen for seen in fake.asked[5:] if told + 0.3 < seen.at < told + least - 0.05]
-    assert lesson.ok == 12 and not early
+    # What was in flight beside it may have arrived just after; everything else waited.
+    early = [seen for seen in fake.asked[5:] if seen.at < told + least - 0.05]
+    assert lesson.ok == 12 and len(early) <= 1
     assert len(fake.asked) == 13
 
 

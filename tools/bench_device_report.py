@@ -67,7 +67,7 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """A stage as measured: `seconds` and `limit` of a step's programs together, rates of all chips together. `decode`:
-    tokens/s drawn while sampling, of how many tokens, and what the bandwidth would allow."""
+    tokens/s drawn while sampling (its prefill counted in), of how many tokens, and what the bandwidth would allow."""
 
     rows: tuple[Row, ...]
     chips: int

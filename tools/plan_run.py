@@ -120,7 +120,8 @@ def _trial(run: Run, stage: str, one: Slice) -> _Trial:
 def _searched(run: Run, stage: str, one: Slice, options: dict[str, Any]) -> Result | None:
     """Looks with the compiler's least effort, and compiles what was found as training does, unless the run is quick.
 
-    The two differ by a few percent of memory. Should that decide, the search is done as training compiles."""
+    The two differ by a few percent of memory. Where what was found does not fit as training compiles it, the search is
+    done again that way. That nothing fits is taken from the look alone, which errs towards too much."""
     from nla_jax.train.plan_search import search
 
     trial, given, rows = _trial(run, stage, one), change_of(run, stage), _rows(run, stage)
