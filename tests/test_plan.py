@@ -48,6 +48,11 @@ SFT = SFTSettings(stage="av", target="t", store="s", batch_size=16, buckets=(16,
 SPLIT = MeshSettings(fsdp=2, tensor=2)
 
 
+def said(key):
+    """The key of programs of one setting."""
+    return lambda varies: key
+
+
 def place(settings=SPLIT, devices=8):
     return make_place(settings, jax.devices()[:devices])
 
@@ -66,6 +71,24 @@ def test_joint_rl_is_made_of_the_programs_that_training_runs(rl_stage):
     assert rl_stage.rows == 16
 
 
+@pytest.mark.parametrize("change", [{"remat": "dots"}, {"accumulate": 2}, {"rollout_parts": 2}])
+def test_programs_vary_with_what_they_say(change):
+    """What was found of a program is kept while a search changes other settings: its code must be the same then."""
+
+    def lowered(settings):
+        one = place(MeshSettings(), 1)
+        stage, outputs, texts = joint_rl(settings, MODEL, one), {}, {}
+        for program in stage.programs:
+            code = program.lower(outputs)
+            outputs[program.name], texts[program.name] = code.out_info, code.as_text()
+        return texts, {p.name: p.varies for p in stage.programs}
+
+    before, varies = lowered(RL)
+    after, _ = lowered(dataclasses.replace(RL, **change))
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {name for name in before if set(change) & set(varies[name])} and changed
+
+
 def test_residents_are_parameters_moments_and_reference(rl_stage):
     held = {name: tree_bytes(tree) for name, tree in rl_stage.residents.items()}
     # Over fsdp 2 x tensor 2; biases and norms are whole on more of them.
@@ -81,7 +104,7 @@ def test_with_lora_all_roles_lie_on_one_base(mesh):
     """And it is read, not copied: the sampler's gathers it over fsdp, the others take it as it is."""
     lora = LoRASettings(rank=2)
     stage = joint_rl(dataclasses.replace(RL, mesh=mesh, lora=lora), MODEL, place(mesh))
-    found = report(stage, place(mesh), CHIP, Compiler("lora"))
+    found = report(stage, place(mesh), CHIP, Compiler(said("lora")))
     split = 2 * mesh.fsdp
     base, cfg = found.residents["base"], MODEL.cfg
     assert base == pytest.approx(4 * n_params(cfg) / split, rel=0.1)
@@ -101,7 +124,7 @@ def test_with_lora_all_roles_lie_on_one_base(mesh):
 def compiled(rl_stage, tmp_path_factory):
     """The report, the directory that was written, and what was told."""
     directory, told = tmp_path_factory.mktemp("plan"), []
-    return report(rl_stage, place(), CHIP, Compiler("k", directory, told.append)), directory, told
+    return report(rl_stage, place(), CHIP, Compiler(said("k"), directory, told.append)), directory, told
 
 
 def test_stage_compiles_for_simulated_devices(rl_stage, compiled):
@@ -122,7 +145,7 @@ def test_stage_compiles_for_simulated_devices(rl_stage, compiled):
 
 def test_what_was_found_is_kept(rl_stage, compiled, tmp_path):
     found, directory, _ = compiled
-    again = Compiler("k", directory, lambda name: pytest.fail(name))
+    again = Compiler(said("k"), directory, lambda name: pytest.fail(name))
     assert report(rl_stage, place(), CHIP, again) == found
     # Another key is another program, and a file that was cut short is made again.
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
@@ -130,9 +153,8 @@ def test_what_was_found_is_kept(rl_stage, compiled, tmp_path):
         path.write_text(path.read_text()[:20])
     for key in ("other", "k"):
         told = []
-        assert (
-            row_of(rl_stage.programs[1], rl_stage, place(), CHIP, Compiler(key, tmp_path, told.append)) == found.rows[1]
-        )
+        compiler = Compiler(said(key), tmp_path, told.append)
+        assert row_of(rl_stage.programs[1], rl_stage, place(), CHIP, compiler) == found.rows[1]
         assert told == ["re-layout"]
 
 
@@ -142,14 +164,14 @@ def test_warm_start_has_the_typical_and_the_longest_rows(kind):
         dataclasses.replace(SFT, stage=kind, mesh=MeshSettings(fsdp=0)), MODEL, place(MeshSettings(fsdp=0))
     )
     assert [p.once for p in stage.programs] == [False, True]
-    found = report(stage, place(MeshSettings(fsdp=0)), CHIP, Compiler(kind))
+    found = report(stage, place(MeshSettings(fsdp=0)), CHIP, Compiler(said(kind)))
     assert found.rows[1].needs > found.rows[0].needs
 
 
 def test_extraction_on_one_device():
     one = place(MeshSettings(), 1)
     stage = extraction(MODEL, one, dtype="float32", batch_tokens=64, length=32, per_document=4)
-    found = report(stage, one, CHIP, Compiler("x"))
+    found = report(stage, one, CHIP, Compiler(said("x")))
     assert stage.rows == 64 and found.fits
     assert sum(found.rows[0].sent.values()) == 0
     assert found.rows[0].bound in ("compute", "memory")
@@ -177,7 +199,7 @@ def test_program_that_does_not_compile_leaves_those_after_it_unknown(rl_stage, m
         for p in rl_stage.programs[:3]
     )
     stage = dataclasses.replace(rl_stage, programs=programs)
-    found = report(stage, place(), CHIP, Compiler("refused"))
+    found = report(stage, place(), CHIP, Compiler(said("refused")))
     assert not found.fits
     rows = {row.name: row for row in found.rows}
     assert rows["re-layout"].refused and rows["re-layout"].needs == pytest.approx(15.84 * GIB)

@@ -102,7 +102,7 @@ def test_training_counts_recomputation():
     weights = products(QWEN, 8, 100, 128, useful_logits=50, padded_logits=64)
 
     def update(remat, frozen=False):
-        options = {"remat": remat, "logits": 8 * 64, "parts": 1, "frozen": frozen}
+        options = {"remat": remat, "logits": 8 * 64, "frozen": frozen}
         return training(read, weights, QWEN, n_params(QWEN), Split(), **options)
 
     plain, dots, remat = (update(kind) for kind in ("none", "dots", "blocks"))

@@ -135,9 +135,9 @@ def test_a_step_is_that_of_one_device(kind, mesh, family):
 
 @functools.cache
 def rolled(mesh, family):
-    """Samples, reference log-probabilities and what the AR says of the samples."""
-    cfg = config(family)
-    cfg = cases.rl_config(av={"model": cfg}, ar={"model": cfg.truncated(2)})
+    """Samples, reference log-probabilities and what the AR says of the samples: on a mesh in two parts each."""
+    cfg, parts = config(family), 1 if mesh is None else 2
+    cfg = cases.rl_config(av={"model": cfg}, ar={"model": cfg.truncated(2)}, accumulate=parts, rollout_parts=parts)
     av = placed(mesh, family, params(family))
     put, n = layout(mesh).put_whole, N * G
     with under(layout(mesh).mesh):

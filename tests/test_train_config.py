@@ -218,6 +218,8 @@ def test_a_typo_in_another_stage_shows_too():
         ("rl", "lr", float("inf"), r"config\.rl\.av_optim\.lr: expected a number above 0, got inf"),
         ("rl", "samples", 1, r"config\.rl\.samples: expected 2 or more"),
         ("rl", "accumulate", 3, r"config\.rl\.accumulate: expected a divisor of the 1024 samples"),
+        ("rl", "rollout_parts", 3, r"config\.rl\.rollout_parts: expected a divisor of the 128 activations"),
+        ("rl", "rollout_parts", 0, r"config\.rl\.rollout_parts: expected "),
         ("rl", "transforms", {"shufle": 0.5}, r"config\.rl\.transforms: expected shuffle or drop_quotes or noise"),
         ("rl", "transforms", {"shuffle": 1.5}, r"config\.rl\.transforms: shuffle: expected a probability"),
         ("rl", "transforms", ("shuffle",), r"config\.rl\.transforms: expected \(name, probability\) pairs"),

@@ -155,6 +155,20 @@ def test_ratio_is_one_on_policy():
     assert metrics["length"] == pytest.approx(live.sum() / (N * G))
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_in_parts_it_is_the_same_rollout(parts):
+    """The sampled tokens row by row, and the reference's log-probabilities, in parts as all at once."""
+    v, whole, reference = rolled()
+    cfg = cases.rl_config(accumulate=parts, rollout_parts=parts)
+    keys = step_keys(np.uint32(0), np.uint32(3), rows=N, samples=G)
+    samples = rollout(cases.params(), v, keys, cfg=cfg)
+    for name in ("tokens", "lengths", "stopped"):
+        np.testing.assert_array_equal(getattr(samples, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(samples.logprobs, whole.logprobs, rtol=0, atol=RATIO)
+    found = reference_logprobs(*decode_layout(cases.params(), cfg=cfg.av), samples, v, cfg=cfg)
+    np.testing.assert_allclose(found, reference, rtol=0, atol=RATIO)
+
+
 def test_both_ratios_have_the_same_gradient_on_policy():
     """Minus the advantage times the score, weighted; the loss is minus the mean advantage."""
     batch, judged = on_policy_batch()
@@ -192,14 +206,15 @@ def test_samples_depend_on_seed_step_row_and_sample_alone():
 # Rewards, and what crosses
 
 
-@pytest.mark.parametrize("kind", ["neg_mse", "neg_log_mse"])
-def test_judge_equals_numpy(kind):
+@pytest.mark.parametrize(("kind", "accumulate"), [("neg_mse", 1), ("neg_log_mse", 4)])
+def test_judge_equals_numpy(kind, accumulate):
     """Errors by the float64 decoder, failed samples, a penalty, and an activation that is not valid."""
     v, samples, _ = rolled()
     batch = ar_rows(v, samples, failed=(0, 6, 7))
     batch["valid"] = np.asarray([True, True, True, False])
     penalty = np.linspace(0, 0.3, N * G).astype(np.float32)
-    got = judge(cases.ar_params(), batch, penalty, cfg=cases.rl_config(reward=kind, advantage="batch_std"))
+    cfg = cases.rl_config(reward=kind, advantage="batch_std", accumulate=accumulate)
+    got = judge(cases.ar_params(), batch, penalty, cfg=cfg)
     head, errors = np.asarray(cases.ar_params().head, np.float64), np.zeros(N * G)
     for b, n in enumerate(batch["lengths"]):
         stream = decoder(hf_weights(cases.CASES["qwen2"]), cases.CASES["qwen2"], batch["tokens"][b, :n], n_layers=2)[0]

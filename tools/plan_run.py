@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 _RANK = 16  # of LoRA where it is tried
 _TRIES = 3  # layouts of a slice that are compiled where any slice will do
+_ROLLOUT = "rollout"  # the program that may be cut into parts
+_PARTS = 16  # of it, at most
 _LEAST_EFFORT = -1.0  # of the compiler, for programs that are looked at and not run
+_SEARCHED = {"remat", "accumulate", "rollout_parts"}  # settings that a search changes, each of some programs alone
 # Settings that change no program.
 _ELSEWHERE = (
     *("out", "seed", "log_every", "eval_every", "save_every", "keep_last", "target", "store", "av", "ar", "init"),
@@ -87,14 +90,33 @@ class _Trial:
 
         return least_bytes(self.built(change)[0])
 
-    def attempt(self, change: Change, effort: float = 0.0, whole: bool = False) -> Report:
+    def in_parts(self, change: Change) -> list[Change]:
+        """The same with the rollout in ever more parts."""
+        if self.stage != "rl":
+            return [change]
+        N = _settings(self.run, self.stage).batch_size
+        parts = (change.rollout_parts * 2**i for i in range(_PARTS.bit_length()))
+        return [dataclasses.replace(change, rollout_parts=n) for n in parts if n <= _PARTS and N % n == 0] or [change]
+
+    def attempt(self, change: Change, effort: float = 0.0) -> tuple[Change, Report]:
+        """Compiles with the fewest parts of the rollout that it fits in."""
+        every = self.in_parts(change)
+        open_ = [one for one in every[:-1] if self.least(one) <= self.slice.chip.hbm] + every[-1:]
+        for one in open_:
+            report = self.count(one, effort)
+            if _ROLLOUT not in report.too_large:
+                break
+        return one, report
+
+    def count(self, change: Change, effort: float = 0.0, whole: bool = False) -> Report:
         """Compiles the updates first, which need the most, and stops at what does not fit unless `whole`."""
         from nla_jax.train.plan import row_of, summary
+        from nla_jax.train.plan_stage import UPDATE
 
         programs, place = self.built(change)
         compiler = None if self.why is not None else _compiler(self.run, self.stage, self.slice, change, effort)
         rows = {}
-        for program in sorted(programs.programs, key=lambda p: not p.update):
+        for program in sorted(programs.programs, key=lambda p: p.varies != UPDATE):
             row = rows[program.name] = row_of(program, programs, place, self.slice.chip, compiler)
             if not whole and (row.refused or row.total > self.slice.chip.hbm):
                 break
@@ -128,20 +150,25 @@ def _searched(run: Run, stage: str, one: Slice, options: dict[str, Any]) -> Resu
 
     def tell(change: Change, why: str) -> None:
         what = [_mesh_words(change.mesh.shape(one.chips)), f"accumulate {change.accumulate}", f"remat {change.remat}"]
-        lora = [f"LoRA of rank {change.rank}"] if change.rank else []
-        note(f"{one.name}, {', '.join(what + lora)}: {why}")
+        what += [f"rollout in {change.rollout_parts} parts"] if change.rollout_parts > 1 else []
+        what += [f"LoRA of rank {change.rank}"] if change.rank else []
+        note(f"{one.name}, {', '.join(what)}: {why}")
 
     hbm = one.chip.hbm
     if trial.why is not None:
         options = {**options, "tries": None}  # arithmetic costs nothing
+
+    def least(change: Change) -> float:
+        return trial.least(trial.in_parts(change)[-1])
+
     for effort in (_LEAST_EFFORT, 0.0):
         attempt = functools.partial(trial.attempt, effort=effort)
-        found = search(given, one.chips, rows, trial.least, attempt, hbm, tell, _most(stage), **options)
+        found = search(given, one.chips, rows, least, attempt, hbm, tell, _most(stage), **options)
         if found is None:
             return None
         change, report = found
         if effort and not run.quick:
-            report = trial.attempt(change)
+            change, report = trial.attempt(change)
         if report.fits:
             return trial.result(report, flags=_flags(stage, change, given))
     raise AssertionError("a search found what does not fit")
@@ -157,9 +184,9 @@ def _as_given(run: Run, stage: str, one: Slice) -> Result:
         why = "nothing was compiled: what the stage must hold is more than a chip has"
         found, more = count(programs, place, one.chip, None), {"why": why}
     else:
-        found, more = trial.attempt(given, _LEAST_EFFORT if run.quick else 0.0, whole=True), {}
+        found, more = trial.count(given, _LEAST_EFFORT if run.quick else 0.0, whole=True), {}
     if not found.fits:
-        more["advice"] = _advice(stage, given, one, _rows(run, stage), trial.least)
+        more["advice"] = _advice(trial, given, _rows(run, stage))
     return trial.result(found, **more)
 
 
@@ -181,7 +208,8 @@ def change_of(run: Run, stage: str) -> Change:
     if stage == "extract":  # its own options, not the config's
         return Change("blocks", 1, MeshSettings())
     settings = _settings(run, stage)
-    return Change(settings.remat, settings.accumulate, settings.mesh, settings.lora.rank)
+    parts = getattr(settings, "rollout_parts", 1)
+    return Change(settings.remat, settings.accumulate, settings.mesh, settings.lora.rank, parts)
 
 
 def _settings(run: Run, stage: str) -> Any:
@@ -214,7 +242,10 @@ def stage_of(run: Run, stage: str, change: Change, devices: list[Any]) -> tuple[
         return extraction(run.model, place, dtype="bfloat16", **options), place
     given = _settings(run, stage)
     lora = dataclasses.replace(given.lora, rank=change.rank)
-    settings = dataclasses.replace(given, remat=change.remat, accumulate=change.accumulate, mesh=change.mesh, lora=lora)
+    changed = {name: getattr(change, name) for name in ("remat", "accumulate", "mesh")}
+    if stage == "rl":
+        changed["rollout_parts"] = change.rollout_parts
+    settings = dataclasses.replace(given, lora=lora, **changed)
     return (joint_rl if stage == "rl" else warm_start)(settings, run.model, place), place
 
 
@@ -223,7 +254,8 @@ def _compiler(run: Run, stage: str, one: Slice, change: Change, effort: float) -
 
     settings = {} if stage == "extract" else _settings(run, stage).to_dict()
 
-    def key(*left_out: str) -> str:
+    def key(varies: tuple[str, ...]) -> str:
+        left_out = _SEARCHED - set(varies)
         kept = {name: value for name, value in settings.items() if name not in (*_ELSEWHERE, *left_out)}
         changed = {name: value for name, value in dataclasses.asdict(change).items() if name not in left_out}
         said = [repr(run.model), kept, run.document_tokens, one.name, changed, effort, versions(), _sources()]
@@ -235,7 +267,7 @@ def _compiler(run: Run, stage: str, one: Slice, change: Change, effort: float) -
     def compiling(name: str) -> None:
         note(f"compiling {name} for {one.name}, {_mesh_words(change.mesh.shape(one.chips))}")
 
-    return Compiler(key(), directory, compiling, key("remat", "accumulate"), effort)
+    return Compiler(key, directory, compiling, effort)
 
 
 def versions() -> list[str]:
@@ -273,15 +305,17 @@ def _mesh_words(shape: tuple[int, int, int]) -> str:
     return "data {} x fsdp {} x tensor {}".format(*shape)
 
 
-def _advice(stage: str, given: Change, one: Slice, rows: int, least: Any) -> str:
+def _advice(trial: _Trial, given: Change, rows: int) -> str:
     """The first change that arithmetic does not rule out."""
     from nla_jax.errors import NLAError
     from nla_jax.train.plan_search import changes
 
-    for change in changes(given, one.chips, rows, _most(stage), (_RANK,) if stage != "extract" else ()):
-        try:
-            if change != given and least(change) <= one.chip.hbm:
-                return f"{' '.join(_flags(stage, change, given))} may fit; --search finds out"
-        except NLAError:
-            continue
+    stage, one = trial.stage, trial.slice
+    for whole in changes(given, one.chips, rows, _most(stage), (_RANK,) if stage != "extract" else ()):
+        for change in trial.in_parts(whole):
+            try:
+                if change != given and trial.least(change) <= one.chip.hbm:
+                    return f"{' '.join(_flags(stage, change, given))} may fit; --search finds out"
+            except NLAError:
+                break
     return f"no mesh of {one.chips} chips holds it: a larger slice"

@@ -1,4 +1,4 @@
-"""Gradients of a batch in micro-batches, with the shared prompt prefix run once per step."""
+"""A batch in micro-batches: its gradients, with the shared prompt prefix run once per step, or only what is read."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def gradients(
     if accumulate == 1:
         (total, sums), (g_params, g_shared) = grad(params, shared, batch)
     else:
-        # Row i * accumulate + j goes to micro-batch j: a batch sharded over its rows stays where it is.
-        micro = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
+        micro = _split(batch, accumulate)
         first = jax.tree.map(lambda x: x[0], micro)
         zero = jax.tree.map(
             lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)),
@@ -43,3 +42,17 @@ def gradients(
         ((total, sums), (g_params, g_shared)), _ = jax.lax.scan(add, zero, micro)
     g_shared = jax.tree.map(lambda g, x: g.astype(x.dtype), g_shared, shared)
     return total, sums, jax.tree.map(jnp.add, g_params, pull(g_shared)[0])
+
+
+def in_micro_batches(read: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
+    """`read(batch)`, arrays whose rows are the batch's, computed in so many parts one after another: what it holds
+    beside its results is that of one of them, as in `gradients`."""
+    if parts == 1:
+        return read(batch)
+    found = jax.lax.map(read, _split(batch, parts))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), found)
+
+
+def _split(batch: Batch, accumulate: int) -> Batch:
+    """Row i * accumulate + j goes to micro-batch j: a batch sharded over its rows stays where it is."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)

@@ -91,8 +91,13 @@ class Report:
         return sum(row.seconds for row in self.rows if not row.once)
 
     @property
+    def too_large(self) -> list[str]:
+        """The programs that a chip has no room for."""
+        return [row.name for row in self.rows if row.refused or row.total > self.hbm]
+
+    @property
     def fits(self) -> bool:
-        return all(row.total <= self.hbm and not row.refused for row in self.rows)
+        return not self.too_large
 
     @property
     def worst(self) -> Row:
@@ -103,20 +108,18 @@ class Report:
 class Compiler:
     """Compiles programs and keeps what was found, in files of `directory` where it is given.
 
-    `key` says all that a program's name leaves open: settings, slice, mesh, versions; `of_others` the same of programs
-    that are no updates, which a search over remat and accumulate need not compile again. `note` is told before each
-    compilation. `effort` is the compiler's for the speed of programs, from -1 to 1, 0 what training gets."""
+    `key(varies)` says all that a program's name leaves open: slice, mesh, versions, settings. Of those that a search
+    changes it says the ones that the program varies with: for others it need not be compiled again. `note` is told
+    before each compilation. `effort` is the compiler's for the speed of programs, -1 to 1, 0 what training gets."""
 
     def __init__(
         self,
-        key: str,
+        key: Callable[[tuple[str, ...]], str],
         directory: Path | None = None,
         note: Callable[[str], None] = lambda text: None,
-        of_others: str | None = None,
         effort: float = 0.0,
     ):
         self.key, self.directory, self.note, self.effort = key, directory, note, effort
-        self.of_others = key if of_others is None else of_others
         self._outputs: Outputs = {}
 
     def run(self, program: Program, stage: Stage) -> Compiled:
@@ -132,8 +135,8 @@ class Compiler:
     def _path(self, stage: Stage, program: Program) -> Path | None:
         if self.directory is None:
             return None
-        key = self.key if program.update else self.of_others
-        name = hashlib.sha256(f"{key}\0{stage.name}\0{program.name}".encode()).hexdigest()[:24]
+        said = f"{self.key(program.varies)}\0{stage.name}\0{program.name}"
+        name = hashlib.sha256(said.encode()).hexdigest()[:24]
         return self.directory / f"{name}.json"
 
     def _compile(self, program: Program, stage: Stage) -> Compiled:

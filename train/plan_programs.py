@@ -19,10 +19,9 @@ from nla_jax.models.sharding import on_its_mesh
 from nla_jax.prompt import AVPrompt
 from nla_jax.train import rl, steps
 from nla_jax.train.adapted import trained_specs, whole
-from nla_jax.train.plan_stage import Call, Model, Outputs, Place, Program, Stage
+from nla_jax.train.plan_stage import UPDATE, Call, Model, Outputs, Place, Program, Stage
 from nla_jax.train.plan_work import Work, cache_bytes, decoding, kept_bytes, products, reading, training
 from nla_jax.train.settings import OptimizerSettings, RLSettings, SFTSettings
-from nla_jax.verbalizer import sample_explanations
 
 _STOP_IDS = (0, 1)  # which ids they are changes no program
 _AR_STEP = 8  # AR prompts are padded to a multiple of this (train/texts.py)
@@ -99,17 +98,7 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
         return Call(rl.reference_logprobs, (whole(own, base, lora), prefix, samples, vectors), {"cfg": cfg})
 
     def sample(out: Outputs) -> Call:
-        options = {
-            "prompt": av.prompt,
-            "cfg": model.cfg,
-            "injection_scale": av.injection_scale,
-            "mode": av.mode,
-            "samples": s.samples,
-            "temperature": place.array((), "float32"),
-            "max_new_tokens": R,
-            "stop_ids": _STOP_IDS,
-        }
-        return Call(on_its_mesh(sample_explanations), (*sampler(out), vectors, keys), options)
+        return Call(rl.sample, (*sampler(out), vectors, keys, place.array((), "float32")), {"cfg": cfg})
 
     texts = {"tokens": place.rows((S, width), "int32"), "lengths": counts, "failed": flags}
     of_rows = {"vectors": vectors, "valid": place.rows((N,), "bool")}
@@ -136,23 +125,23 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
     mean, cap = lengths.tail + lengths.response - 1, lengths.tail + R - 1
     kv_split = split.tensor if model.cfg.n_kv_heads % split.tensor == 0 else 1
     logits: dict[str, Any] = {"useful_logits": lengths.response, "padded_logits": R}
-    of_policy = reading(model.cfg, S, mean, cap, split, bytes_, before=lengths.marker, **logits)
+    of_policy = reading(model.cfg, S, mean, cap, split, bytes_, before=lengths.marker, parts=s.accumulate, **logits)
     of_prefix = reading(model.cfg, 0, 0, 0, split, bytes_, shared=lengths.marker)
     weights_av = products(model.cfg, S, mean, cap, shared=lengths.marker, **logits)
     weights_ar = products(model.trunk, S, lengths.ar_text, width)
-    of_texts = _with_head(reading(model.trunk, S, lengths.ar_text, width, split, bytes_), D, S)
+    of_texts = _with_head(reading(model.trunk, S, lengths.ar_text, width, split, bytes_, parts=s.accumulate), D, S)
     trained = _sum(of_policy, of_prefix)
     wide = _WIDTHS[s.param_dtype]
     narrow = bytes_ * n_params(model.cfg) / split.tensor
     n_av, n_ar = n_trained("av", model.cfg, lora), n_trained("ar", model.trunk, lora)
     narrow = narrow if apart else 0.0
     copied = Work(of_prefix.useful, of_prefix.computed, wide * n_av / split.chips + narrow)
-    cache = cache_bytes(model.cfg, S, lengths.tail + R, split, kv_split, bytes_)
+    cache = cache_bytes(model.cfg, S // s.rollout_parts, lengths.tail + R, split, kv_split, bytes_)
     tokens = S * (lengths.tail + R - 1) / s.accumulate
     prefilled = reading(
         model.cfg, N, lengths.tail, lengths.tail, split, bytes_, before=lengths.marker, useful_logits=1, padded_logits=1
     )
-    update: dict[str, Any] = {"remat": s.remat, "parts": s.accumulate, "frozen": lora is not None}
+    update: dict[str, Any] = {"remat": s.remat, "frozen": lora is not None}
     programs = (
         Program(
             "KL reference",
@@ -172,10 +161,11 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
         Program(
             "rollout",
             sample,
-            _sum(prefilled, decoding(model.cfg, S, lengths, R, split, kv_split, bytes_)),
+            _sum(prefilled, decoding(model.cfg, S, lengths, R, split, kv_split, bytes_, s.rollout_parts)),
             after=("re-layout",),
             given=decoders,
             least=narrow + cache,
+            varies=("rollout_parts",),
         ),
         Program(
             "reference log-probs",
@@ -183,19 +173,21 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
             of_policy,
             after=("KL reference",),
             given=(reference, base),
+            varies=("accumulate",),
         ),
         Program(
             "reward",
             lambda out: Call(rl.judge, (whole(ar_params, base, lora), {**texts, **of_rows}, scores), {"cfg": cfg}),
             of_texts,
             given=(ar_params, base),
+            varies=("accumulate",),
         ),
         Program(
             "AV update",
             lambda out: Call(rl.policy_step, (av_state, policy_rows, replay, base), {"cfg": cfg}, carries=0),
             training(trained, weights_av, model.cfg, n_av, split, logits=float(S * R), **update),
             given=(av_state, base),
-            update=True,
+            varies=UPDATE,
             least=kept_bytes(model.cfg, n_av, tokens, split, bytes_, remat=s.remat),
         ),
         Program(
@@ -203,7 +195,7 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
             lambda out: Call(steps.ar_step, (ar_state, regression, base), {"cfg": ar}, carries=0),
             training(of_texts, weights_ar, model.trunk, n_ar, split, logits=0.0, **update),
             given=(ar_state, base),
-            update=True,
+            varies=UPDATE,
             least=kept_bytes(model.trunk, n_ar, S * width / s.accumulate, split, bytes_, remat=s.remat),
         ),
     )
@@ -232,19 +224,20 @@ def warm_start(settings: SFTSettings, model: Model, place: Place) -> Stage:
     def program(name: str, width: int, once: bool) -> Program:
         if of_av:
             of_logits: dict[str, Any] = {"useful_logits": lengths.response, "padded_logits": width - lengths.tail}
-            once_for_all = {"shared": lengths.marker, **of_logits}
-            read = reading(own, B, mean - 1, width - 1, split, bytes_, before=lengths.marker, **once_for_all)
-            of_weights = products(own, B, mean - 1, width - 1, **once_for_all)
+            shared = {"shared": lengths.marker, **of_logits}
+            before = {"before": lengths.marker, "parts": s.accumulate}
+            read = reading(own, B, mean - 1, width - 1, split, bytes_, **before, **shared)
+            of_weights = products(own, B, mean - 1, width - 1, **shared)
         else:
-            read = _with_head(reading(own, B, mean, width, split, bytes_), D, B)
+            read = _with_head(reading(own, B, mean, width, split, bytes_, parts=s.accumulate), D, B)
             of_weights = products(own, B, mean, width)
         logits = float(B * (width - lengths.tail)) if of_av else 0.0
-        update: dict[str, Any] = {"remat": s.remat, "parts": s.accumulate, "frozen": lora is not None}
+        update: dict[str, Any] = {"remat": s.remat, "frozen": lora is not None}
         work = training(read, of_weights, own, size, split, logits=logits, **update)
         batch = sft_batch(s.stage, B, width, D, place)
         least = kept_bytes(own, size, B * width / s.accumulate, split, bytes_, remat=s.remat)
         call = Call(step, (state, batch, base), {"cfg": cfg}, carries=0)
-        return Program(name, lambda out: call, work, (), (state, base), least, once=once, update=True)
+        return Program(name, lambda out: call, work, (), (state, base), least, once=once, varies=UPDATE)
 
     label = s.stage.upper()
     programs = [program(f"{label} step, rows of {typical}", typical, False)]

@@ -1,4 +1,6 @@
-"""Looking for settings with which a stage fits on a slice: recomputation, micro-batches, meshes, in this order."""
+"""Looking for settings with which a stage fits on a slice: recomputation, micro-batches, meshes, in this order.
+
+How many parts a rollout is cut into concerns the rollout alone, and follows from the rest (tools/plan_run.py)."""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ class Change:
     accumulate: int
     mesh: MeshSettings
     rank: int = 0  # of LoRA
+    rollout_parts: int = 1
 
     def flags(self, stage: str, given: Change) -> list[str]:
         """What to type for it beside the config."""
@@ -32,6 +35,8 @@ class Change:
             value = getattr(self.mesh, name)
             if value != getattr(given.mesh, name):
                 out.append(f"--config.{stage}.mesh.{name}={value}")
+        if self.rollout_parts != given.rollout_parts:
+            out.append(f"--config.{stage}.rollout_parts={self.rollout_parts}")
         if self.rank != given.rank:
             out.append(f"--config.lora.rank={self.rank}")
         return out
@@ -65,7 +70,7 @@ def _of_rank(given: Change, chips: int, rows: int, most: int) -> Iterator[Change
             continue
         for remat in _REMAT[_REMAT.index(given.remat) :]:
             for accumulate in sorted({given.accumulate, *_powers(most)}):
-                one = Change(remat, accumulate, mesh, given.rank)
+                one = dataclasses.replace(given, remat=remat, accumulate=accumulate, mesh=mesh)
                 divides = rows % (data * fsdp * accumulate) == 0
                 worth = (
                     remat == "blocks" or accumulate == given.accumulate
@@ -84,7 +89,7 @@ def search(
     chips: int,
     rows: int,
     least: Callable[[Change], float],
-    attempt: Callable[[Change], Report],
+    attempt: Callable[[Change], tuple[Change, Report]],
     hbm: float,
     tell: Callable[[Change, str], None] = lambda change, why: None,
     most: int = 64,
@@ -94,8 +99,9 @@ def search(
     """The first change whose programs all fit; None where none does.
 
     `least(change)` is a lower bound of the bytes that a chip needs, InputError where the mesh does not fit the model:
-    what cannot fit is not compiled. `attempt` compiles until a program does not fit. With `tries`, those that hold the
-    least go first, and so many meshes (each with every remat) are tried: to see whether any fits at all."""
+    what cannot fit is not compiled. `attempt` compiles until a program does not fit, and may itself change what one
+    program alone varies with. With `tries`, those that hold the least go first, and so many meshes (each with every
+    remat) are tried: to see whether any fits at all."""
     groups = []
     for group in _groups(changes(given, chips, rows, most, ranks)):
         try:
@@ -127,33 +133,33 @@ def _groups(every: Iterator[Change]) -> Iterator[list[Change]]:
 
 def _largest(
     group: list[Change],
-    attempt: Callable[[Change], Report],
+    attempt: Callable[[Change], tuple[Change, Report]],
     tell: Callable[[Change, str], None],
     rather_none: bool = False,
 ) -> tuple[Change, Report] | None:
     """The first of `group` that fits. Smaller micro-batches need less, so that few of them have to be compiled: the
     first, the last, and then the one in the middle of those between. `rather_none`: the last before the first, for
     where most groups have none that fits."""
-    fits: dict[int, Report] = {}
+    fits: dict[int, tuple[Change, Report]] = {}
 
     def tried(i: int) -> bool:
         if i in fits:
             return True
-        found = attempt(group[i])
+        change, found = attempt(group[i])
         if found.fits:
-            fits[i] = found
+            fits[i] = change, found
         else:
-            tell(group[i], f"{found.worst.name} needs {found.worst.total / 2**30:.1f} GiB")
+            tell(change, f"{found.worst.name} needs {found.worst.total / 2**30:.1f} GiB")
         return found.fits
 
     low, high = 0, len(group) - 1
     if rather_none and not tried(high):
         return None
     if tried(low):
-        return group[low], fits[low]
+        return fits[low]
     if high == low or not (rather_none or tried(high)):
         return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if tried(middle) else (middle, high)
-    return group[high], fits[high]
+    return fits[high]

@@ -48,6 +48,9 @@ class Call:
     carries: int | None = None
 
 
+UPDATE = ("remat", "accumulate")  # what an update varies with
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One jitted program of a stage.
@@ -55,8 +58,8 @@ class Program:
     `call(outputs)` is how it is called; `after` names the programs whose results that needs. `given` are what of the
     stage's residents is among its arguments: the rest lies beside it in memory, or `beside` where that is known to be
     less. `least`: bytes of a chip that it cannot do without, besides its arguments. `once`: it does not run in every
-    step, and so costs memory only. `update`: remat and accumulate change it. Residents' leaves are the arguments' own:
-    known again by identity."""
+    step, and so costs memory only. `varies`: the settings of a search (plan_search.py) other than the mesh that change
+    it. Residents' leaves are the arguments' own: known again by identity."""
 
     name: str
     call: Callable[[Outputs], Call]
@@ -66,7 +69,7 @@ class Program:
     least: float = 0.0
     beside: tuple[Any, ...] | None = None
     once: bool = False
-    update: bool = False
+    varies: tuple[str, ...] = ()
 
     def lower(self, outputs: Outputs) -> Any:
         """What `jax.jit(...).lower` gives."""

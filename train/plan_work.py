@@ -97,12 +97,13 @@ def _logits_bytes(cfg: ModelConfig, tokens: float, split: Split, width: int) -> 
 
 def reading(
     cfg: ModelConfig, rows: int, useful: float, padded: float, split: Split, width: int, *, before: float = 0.0,
-    useful_logits: float = 0.0, padded_logits: float = 0.0, shared: int = 0,
+    useful_logits: float = 0.0, padded_logits: float = 0.0, shared: int = 0, parts: int = 1,
 ) -> Work:  # fmt: skip
     """A forward pass of `rows` rows of `useful` tokens on average, padded to `padded`, after `before` tokens that
-    they see and do not compute; logits per row likewise. `shared` tokens are computed once for all of them."""
-    once = forward(cfg, shared, shared / 2)
-    moved = _blocks_bytes(cfg, rows * padded, split, width) + (_blocks_bytes(cfg, 0, split, width) if shared else 0.0)
+    they see and do not compute; logits per row likewise. `shared` tokens are computed once for all of them. In `parts`
+    micro-batches, each of which reads the weights."""
+    once, weights = forward(cfg, shared, shared / 2), _blocks_bytes(cfg, 0, split, width)
+    moved = _blocks_bytes(cfg, rows * padded, split, width) + (parts - 1 + bool(shared)) * weights
     if padded_logits:
         moved += _logits_bytes(cfg, rows * padded_logits, split, width)
     return Work(
@@ -113,19 +114,18 @@ def reading(
 
 
 def training(
-    read: Work, of_weights: Work, cfg: ModelConfig, size: int, split: Split, *, remat: str, logits: float, parts: int,
+    read: Work, of_weights: Work, cfg: ModelConfig, size: int, split: Split, *, remat: str, logits: float,
     frozen: bool = False,
 ) -> Work:  # fmt: skip
-    """One update from the forward pass `read`, of `size` parameters, in `parts` micro-batches. `of_weights`: what of it
-    are products with weights (`products`), whose own gradients are not computed where they are `frozen`. `logits`:
-    tokens whose logits are computed, which is done once more in the backward pass whether or not the blocks are."""
+    """One update from the forward pass `read`, of `size` parameters. `of_weights`: what of it are products with weights
+    (`products`), whose own gradients are not computed where they are `frozen`. `logits`: tokens whose logits are
+    computed, which is done once more in the backward pass whether or not the blocks are."""
     of_logits = 2.0 * logits * head_size(cfg)
     blocks = read.computed - of_logits
     again = {"none": 0.0, "dots": read.computed - of_weights.computed, "blocks": blocks}[remat]
     spared = of_weights if frozen else Work()
-    weights = _blocks_bytes(cfg, 0, split, 2) * (parts - 1)
     passes = 3 + (remat == "blocks") - frozen
-    moved = passes * (read.moved + weights) + _UPDATE_BYTES * size / split.chips
+    moved = passes * read.moved + _UPDATE_BYTES * size / split.chips
     return Work(3 * read.useful - spared.useful, 3 * blocks + again + 4 * of_logits - spared.computed, moved)
 
 
@@ -140,17 +140,20 @@ def products(
     )
 
 
-def decoding(cfg: ModelConfig, rows: int, lengths: Lengths, cap: int, split: Split, kv_split: int, width: int) -> Work:
+def decoding(
+    cfg: ModelConfig, rows: int, lengths: Lengths, cap: int, split: Split, kv_split: int, width: int, parts: int = 1
+) -> Work:
     """`rows` samples of `lengths.response` tokens on average, decoded to `cap`; the first token of each is the
-    prefill's. Every step reads all weights and what the cache holds, the prefix's part once for all rows."""
-    steps, own = cap - 1, rows / split.rows
+    prefill's. Every step reads all weights and what the cache holds, the prefix's part once for all rows. In `parts`
+    of the rows one after another."""
+    steps, own = (cap - 1) * parts, rows / split.rows / parts
 
     def flops(length: float) -> float:
         return forward(cfg, rows * (length - 1), lengths.prompt + length / 2, rows * (length - 1))
 
     per_token = 2.0 * width * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim / kv_split
     cache = per_token * (lengths.marker + own * (lengths.tail + cap / 2))
-    weights = _blocks_bytes(cfg, rows, split, width) + _logits_bytes(cfg, rows, split, width)
+    weights = _blocks_bytes(cfg, rows / parts, split, width) + _logits_bytes(cfg, rows / parts, split, width)
     # Each row is drawn from on one chip, which needs its logits whole: written and read once more.
     draw = 8.0 * own * cfg.vocab_size
     return Work(flops(lengths.response), flops(cap), steps * (weights + cache + draw))

@@ -26,7 +26,7 @@ from nla_jax.models.sampler import Samples, row_keys
 from nla_jax.models.sharding import DECODE, constrain, constrain_rows, lay_out, mesh_of, on_its_mesh, replicated, under
 from nla_jax.reconstructor import ARParams, reconstruct
 from nla_jax.train.adapted import trained_specs, whole
-from nla_jax.train.gradients import Batch, gradients
+from nla_jax.train.gradients import Batch, gradients, in_micro_batches
 from nla_jax.train.objectives import (
     advantages,
     kl_terms,
@@ -49,6 +49,7 @@ class RLConfig:
 
     `on_policy_ratio`: the old log-probabilities are the policy's own ("self", rho is exactly 1) or those recorded
     while sampling ("sampled"). `replay_av` weighs the cross-entropy of teacher pairs that is added to the AV's loss.
+    The rollout draws for `rollout_parts` of the vectors one after another.
     """
 
     av: AVConfig
@@ -64,6 +65,7 @@ class RLConfig:
     kl: str = "k2"
     on_policy_ratio: str = "self"
     replay_av: float = 0.0
+    rollout_parts: int = 1
 
     @classmethod
     def of(cls, settings: RLSettings, av: AVConfig, ar: ARConfig, stop_ids: tuple[int, ...]) -> RLConfig:
@@ -134,25 +136,49 @@ def rollout(
     Nothing waits for the device. Unusable vectors are replaced, so that they cannot spoil the batch."""
     with under(mesh_of(trained)):
         av, prefix = decode_layout(trained, base, cfg=cfg.av)
+        return sample(av, prefix, vectors_NxD, keys, temperature, cfg=cfg)
+
+
+@on_its_mesh
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def sample(
+    av: Params,
+    prefix: Prefix | None,
+    vectors_NxD: jax.Array,
+    keys: jax.Array,
+    temperature: jax.Array | float = 1.0,
+    *,
+    cfg: RLConfig,
+) -> Samples:
+    """What `rollout` computes of an AV in `decode_layout`. In parts, because the cache of all samples may be more than
+    a chip has left beside the weights; each part reads these once per token."""
+    N = vectors_NxD.shape[0]
+    G = keys.shape[0] // N
+
+    def draw(vectors: jax.Array, keys: jax.Array) -> Samples:
         return sample_explanations(
             av,
             prefix,
-            _usable_vectors(vectors_NxD, cfg.av.norms),
+            vectors,
             keys,
             prompt=cfg.av.prompt,
             cfg=cfg.av.model,
             injection_scale=cfg.av.injection_scale,
             mode=cfg.av.mode,
-            samples=keys.shape[0] // vectors_NxD.shape[0],
+            samples=G,
             temperature=temperature,
             max_new_tokens=cfg.max_new_tokens,
             stop_ids=cfg.stop_ids,
         )
 
+    def of_vectors(rows: Batch) -> Samples:
+        return jax.tree.map(lambda x: x.reshape(-1, G, *x.shape[1:]), draw(rows["vectors"], rows["keys"].reshape(-1)))
 
-@functools.partial(jax.jit, static_argnames=("norms",))
-def _usable_vectors(vectors: jax.Array, norms: tuple[float, float]) -> jax.Array:
-    return replace_unusable(vectors, usable(vectors, norms))
+    vectors = replace_unusable(vectors_NxD, usable(vectors_NxD, cfg.av.norms))
+    if cfg.rollout_parts == 1:
+        return draw(vectors, keys)
+    found = in_micro_batches(of_vectors, {"vectors": vectors, "keys": keys.reshape(N, G)}, cfg.rollout_parts)
+    return constrain_rows(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
 
 
 @struct.dataclass
@@ -178,7 +204,12 @@ def judge(ar: ARParams, batch: Batch, penalty_B: jax.Array, *, cfg: RLConfig) ->
     used = good & batch["valid"]
     weight = jnp.repeat(used.astype(jnp.float32), G)
     ar = cast(ar, cfg.ar.compute_dtype)
-    errors = mse_nrm(reconstruct(ar, batch["tokens"], batch["lengths"], cfg.ar.model), vectors, cfg.ar.mse_scale)
+
+    def read(rows: Batch) -> jax.Array:
+        return reconstruct(ar, rows["tokens"], rows["lengths"], cfg.ar.model)
+
+    texts = {name: batch[name] for name in ("tokens", "lengths")}
+    errors = mse_nrm(in_micro_batches(read, texts, cfg.ar.accumulate), vectors, cfg.ar.mse_scale)
     # An AR that has broken down (NaN) must not pass its state on through the rewards.
     failed = batch["failed"] | ~jnp.isfinite(errors)
     errors = jnp.where(failed, 2.0, errors)
@@ -206,8 +237,12 @@ def reference_logprobs(
     """Log-probabilities [B, R] of sampled tokens under the frozen AV, `params` and `prefix` in the compute dtype."""
     G = samples.tokens.shape[0] // vectors_NxD.shape[0]
     vectors = jnp.repeat(replace_unusable(vectors_NxD, usable(vectors_NxD, cfg.av.norms)), G, axis=0)
+
+    def read(rows: Batch) -> jax.Array:
+        return av_logprobs(params, prefix, rows, cfg.av)[:, cfg.av.tail - 1 :]
+
     batch = {"tokens": _with_tail(samples.tokens, cfg.av), "vectors": vectors}
-    return constrain_rows(av_logprobs(params, prefix, batch, cfg.av)[:, cfg.av.tail - 1 :])
+    return constrain_rows(in_micro_batches(read, batch, cfg.av.accumulate))
 
 
 def _with_tail(tokens_BxR: jax.Array, cfg: AVConfig) -> jax.Array:

@@ -201,6 +201,7 @@ class RLSettings(StageSettings):
     batch_size: int = 128  # activations per step, N; N * samples explanations are drawn
     samples: int = 8  # explanations per activation, G
     max_new_tokens: int = 150  # tokens at which an explanation is cut; a cut one has failed
+    rollout_parts: int = 1  # activations are explained in so many parts, one after another: less cache, more time
     av_optim: OptimizerSettings = OptimizerSettings(lr=1.41e-5, schedule="constant", warmup=0.0)
     ar_optim: OptimizerSettings = OptimizerSettings(lr=1.41e-5, schedule="constant", warmup=0.0)
     lora: LoRASettings = LoRASettings()  # any rank above 0: the warm starts' adapters are trained on, as they are
@@ -228,8 +229,10 @@ class RLSettings(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "steps", "max_new_tokens", "clip_ratio", "eval_samples")
+        positive(self, "steps", "max_new_tokens", "clip_ratio", "eval_samples", "rollout_parts")
         not_negative(self, "kl_coef", "replay_av", "claim_penalty", "claim_threshold", "eval_rows")
+        wanted = f"a divisor of the {self.batch_size} activations of a step"
+        require(self.batch_size % self.rollout_parts == 0, "rollout_parts", wanted, self.rollout_parts)
         require(self.samples >= 2, "samples", "2 or more: the reward is compared inside a group", self.samples)
         require(1 < self.max_norm_ratio < math.inf, "max_norm_ratio", "a number above 1", self.max_norm_ratio)
         require(0 <= self.replay_ar < 1, "replay_ar", "a share from 0, below 1", self.replay_ar)
