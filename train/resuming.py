@@ -8,9 +8,12 @@ from typing import Any
 
 from nla_jax.errors import CheckpointError
 
-# Changing these does not change what is trained (another mesh does by rounding alone), so a run may be resumed with
-# others.
-MAY_CHANGE = ("out", "mesh", "log_every", "eval_every", "save_every", "keep_last")
+# Changing these does not change what is trained, or by rounding alone: a run may be resumed with others, on a slice
+# that is smaller too. Not micro-batches: teacher pairs that are replayed come in multiples of them.
+MAY_CHANGE = (
+    *("mesh", "remat", "logit_chunk", "rollout_parts"),
+    *("out", "log_every", "eval_every", "save_every", "keep_last"),
+)
 
 
 def changed_setting(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
