@@ -109,7 +109,7 @@ class StageSettings:
         positive(self, "batch_size", "accumulate", "logit_chunk", "log_every", "keep_last")
         not_negative(self, "steps", "eval_every", "save_every")
         require(0 <= self.seed < 2**32, "seed", "0 to 4294967295", self.seed)
-        rows = self.batch_size * getattr(self, "samples", 1)
+        rows = self._rows
         require(
             rows % self.accumulate == 0, "accumulate", f"a divisor of the {rows} samples of a step", self.accumulate
         )
@@ -117,6 +117,15 @@ class StageSettings:
             optim = getattr(self, name)
             if self.steps and not optim.steps:
                 object.__setattr__(self, name, dataclasses.replace(optim, steps=self.steps))
+
+    @property
+    def _rows(self) -> int:
+        return self.batch_size * int(getattr(self, "samples", 1))
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples that are held at a time over all devices: of a step, and of what is read to evaluate."""
+        return self._rows // self.accumulate
 
     @classmethod
     def optimizers(cls) -> tuple[str, ...]:

@@ -249,14 +249,12 @@ class RLTask:
         return (s.claim_penalty * shares).astype(np.float32), {"idle_claims": jnp.asarray(idle, jnp.float32)}
 
     def _reader(self, ar: ARParams, own: bool = False) -> evaluate.Read:
-        # As many texts at a time as the reward's micro-batches.
-        size = self.settings.batch_size * self.settings.samples // self.settings.accumulate
         return make_reader(
             ar,
             self.ar.cfg,
             self.ar.tokenizer,
             self.ar.sidecar,
-            batch_size=size,
+            batch_size=self.settings.micro_batch,
             width=self.width,
             compute_dtype=self.settings.compute_dtype,
             layout=self.layout,

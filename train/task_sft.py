@@ -141,7 +141,7 @@ class SFTTask:
         return self._evaluate_ar(state, self.held) if self.name == "ar" else (self._evaluate_av(state, self.held), [])
 
     def _evaluate_ar(self, state: TrainState, held: HeldOut) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        role, size = self.role, min(self.settings.batch_size, len(held))
+        role, size = self.role, min(self.settings.micro_batch, len(held))
         width = ar_width(role.tokenizer, role.sidecar, 1)
         read = make_reader(
             self._whole(state),
@@ -169,7 +169,7 @@ class SFTTask:
             self.build.store if settings.eval_store is None else Store.open(settings.eval_store),
             held.rows,
             kind="av_sft",
-            batch_size=min(settings.batch_size, -(-len(held) // self.layout.shards) * self.layout.shards),
+            batch_size=min(settings.micro_batch, -(-len(held) // self.layout.shards) * self.layout.shards),
             tokenizer=self.role.tokenizer,
             sidecar=self.role.sidecar,
             buckets=settings.buckets,
