@@ -101,14 +101,15 @@ def test_training_counts_recomputation():
     read = reading(QWEN, 8, 100, 128, Split(), 2, useful_logits=50, padded_logits=64)
     weights = products(QWEN, 8, 100, 128, useful_logits=50, padded_logits=64)
 
-    def update(remat, frozen=False):
-        options = {"remat": remat, "logits": 8 * 64, "frozen": frozen}
+    def update(remat, frozen=False, chunks=2):
+        options = {"remat": remat, "logits": 8 * 64, "frozen": frozen, "chunks": chunks}
         return training(read, weights, QWEN, n_params(QWEN), Split(), **options)
 
     plain, dots, remat = (update(kind) for kind in ("none", "dots", "blocks"))
     logits = 2.0 * 8 * 64 * head_size(QWEN)
     assert plain.useful == remat.useful == 3 * read.useful
-    assert plain.computed == pytest.approx(3 * read.computed + logits)  # logits are always computed twice
+    assert plain.computed == pytest.approx(3 * read.computed + logits)  # logits in chunks are computed twice
+    assert update("none", chunks=1).computed == pytest.approx(3 * read.computed)
     assert remat.computed == pytest.approx(4 * read.computed)
     assert remat.moved > plain.moved > 3 * read.moved
     # Of the blocks' products, attention's own are all that is computed again: 4 T^2 / 2 H N per row and block.

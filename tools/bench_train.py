@@ -73,7 +73,7 @@ class Shapes:
     threads: int = 2
     av_width: int = 160
     ar_width: int = 128
-    logit_chunk: int = 1024
+    logit_chunk: int = 4096  # all of a step at once, as torch has them
     accumulate: int = 1  # our micro-batches
     lr: float = LR
     injection_scale: float = INJECTION_SCALE

@@ -113,8 +113,8 @@ def _cells(found: dict[str, Any]) -> str:
     if not found["fits"]:
         return f"none up to {found['slice'].partition(':')[2]} | – | – | –"
     mesh = " x ".join(str(found["mesh"][axis]) for axis in ("data", "fsdp", "tensor"))
-    more = [flag.rpartition(".")[2] for flag in found["flags"] if "accumulate" in flag]
-    layout = f"{found['slice'].partition(':')[2]} ({mesh}{', ' + more[0] if more else ''})"
+    more = [flag.rpartition(".")[2] for flag in found["flags"] if "accumulate" in flag or "rollout_parts" in flag]
+    layout = f"{found['slice'].partition(':')[2]} ({', '.join([mesh, *more])})"
     kept = sum(found["residents"].values()) / _GIB
     rate = found["step_samples"] / found["step_seconds"] / found["chips"]
     return f"{layout} | {found['needs'] / _GIB:.1f} of {found['hbm'] / _GIB:.1f} | {kept:.1f} | {rate:.3g}"

@@ -20,8 +20,9 @@ def token_logprobs(
 ) -> jax.Array:
     """Log-probability float32 [B, T] of each target under the logits of the stream `x` (before the final norm).
 
-    Some `chunk` tokens are projected at a time on each device, and projected again in the backward pass. The chunks go
-    along T, so that a batch sharded over B stays where it is; under a mesh each gathers the projection, so that few
+    Some `chunk` tokens are projected at a time on each device, and projected again in the backward pass, but for a
+    single chunk: the backward pass begins with its logits, and keeping them holds no more than making them. The chunks
+    go along T, so that a batch sharded over B stays where it is; under a mesh each gathers the projection, so that few
     large ones cost least."""
     B, T, D = x_BxTxD.shape
     size = min(max(chunk * row_shards(jax.sharding.get_abstract_mesh()) // B, 1), T)
@@ -31,7 +32,6 @@ def token_logprobs(
         y = jnp.pad(y, ((0, 0), (0, pad)) + ((0, 0),) * (y.ndim - 2))
         return jnp.moveaxis(y.reshape(B, (T + pad) // size, size, *y.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def one(params: Params, x: jax.Array, targets: jax.Array) -> jax.Array:
         logits = constrain(unembed(params, x, cfg), "rows", None, "vocab")
         chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
@@ -44,5 +44,6 @@ def token_logprobs(
     wide = cast(shared.replace(layers=None), jnp.float32)
     narrow = functools.partial(cast, dtype=x_BxTxD.dtype)
     xs = chunks(x_BxTxD), chunks(targets_BxT)
-    _, out = jax.lax.scan(lambda _, xs: (None, one(narrow(wide), *xs)), None, xs)
+    again = jax.checkpoint(one)
+    _, out = jax.lax.scan(lambda _, xs: (None, again(narrow(wide), *xs)), None, xs)
     return jnp.moveaxis(out, 0, 1).reshape(B, T + pad)[:, :T]

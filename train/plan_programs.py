@@ -20,7 +20,7 @@ from nla_jax.prompt import AVPrompt
 from nla_jax.train import rl, steps
 from nla_jax.train.adapted import trained_specs, whole
 from nla_jax.train.plan_stage import UPDATE, Call, Model, Outputs, Place, Program, Stage
-from nla_jax.train.plan_work import Work, cache_bytes, decoding, kept_bytes, products, reading, training
+from nla_jax.train.plan_work import Split, Work, cache_bytes, decoding, kept_bytes, products, reading, training
 from nla_jax.train.settings import OptimizerSettings, RLSettings, SFTSettings
 
 _STOP_IDS = (0, 1)  # which ids they are changes no program
@@ -142,6 +142,7 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
         model.cfg, N, lengths.tail, lengths.tail, split, bytes_, before=lengths.marker, useful_logits=1, padded_logits=1
     )
     update: dict[str, Any] = {"remat": s.remat, "frozen": lora is not None}
+    chunks = _chunks(s, S * R, split)
     programs = (
         Program(
             "KL reference",
@@ -185,7 +186,7 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
         Program(
             "AV update",
             lambda out: Call(rl.policy_step, (av_state, policy_rows, replay, base), {"cfg": cfg}, carries=0),
-            training(trained, weights_av, model.cfg, n_av, split, logits=float(S * R), **update),
+            training(trained, weights_av, model.cfg, n_av, split, logits=float(S * R), chunks=chunks, **update),
             given=(av_state, base),
             varies=UPDATE,
             least=kept_bytes(model.cfg, n_av, tokens, split, bytes_, remat=s.remat),
@@ -204,6 +205,11 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
         residents["base"] = base
     kept = [p for p in programs if (s.train_av or p.name != "AV update") and (s.train_ar or p.name != "AR update")]
     return Stage("rl", tuple(kept), residents, S, s.compute_dtype)
+
+
+def _chunks(settings: RLSettings | SFTSettings, tokens: int, split: Split) -> int:
+    """Pieces that a micro-batch's logits are computed in, of a step of so many `tokens`."""
+    return -(-tokens // (settings.accumulate * settings.logit_chunk * split.rows))
 
 
 def warm_start(settings: SFTSettings, model: Model, place: Place) -> Stage:
@@ -231,9 +237,9 @@ def warm_start(settings: SFTSettings, model: Model, place: Place) -> Stage:
         else:
             read = _with_head(reading(own, B, mean, width, split, bytes_, parts=s.accumulate), D, B)
             of_weights = products(own, B, mean, width)
-        logits = float(B * (width - lengths.tail)) if of_av else 0.0
-        update: dict[str, Any] = {"remat": s.remat, "frozen": lora is not None}
-        work = training(read, of_weights, own, size, split, logits=logits, **update)
+        logits = B * (width - lengths.tail) if of_av else 0
+        update: dict[str, Any] = {"remat": s.remat, "frozen": lora is not None, "chunks": _chunks(s, logits, split)}
+        work = training(read, of_weights, own, size, split, logits=float(logits), **update)
         batch = sft_batch(s.stage, B, width, D, place)
         least = kept_bytes(own, size, B * width / s.accumulate, split, bytes_, remat=s.remat)
         call = Call(step, (state, batch, base), {"cfg": cfg}, carries=0)

@@ -115,18 +115,19 @@ def reading(
 
 def training(
     read: Work, of_weights: Work, cfg: ModelConfig, size: int, split: Split, *, remat: str, logits: float,
-    frozen: bool = False,
+    chunks: int = 1, frozen: bool = False,
 ) -> Work:  # fmt: skip
     """One update from the forward pass `read`, of `size` parameters. `of_weights`: what of it are products with weights
     (`products`), whose own gradients are not computed where they are `frozen`. `logits`: tokens whose logits are
-    computed, which is done once more in the backward pass whether or not the blocks are."""
+    computed, which is done once more in the backward pass where they come in several `chunks`."""
     of_logits = 2.0 * logits * head_size(cfg)
     blocks = read.computed - of_logits
     again = {"none": 0.0, "dots": read.computed - of_weights.computed, "blocks": blocks}[remat]
     spared = of_weights if frozen else Work()
     passes = 3 + (remat == "blocks") - frozen
     moved = passes * read.moved + _UPDATE_BYTES * size / split.chips
-    return Work(3 * read.useful - spared.useful, 3 * blocks + again + 4 * of_logits - spared.computed, moved)
+    computed = 3 * blocks + again + (3 + (chunks > 1)) * of_logits - spared.computed
+    return Work(3 * read.useful - spared.useful, computed, moved)
 
 
 def products(
