@@ -223,8 +223,9 @@ def advice(stage: str) -> str:
     """What makes a stage smaller."""
     if stage == "extract":
         return "shorter documents (--document-tokens), or fewer blocks of the same width (--blocks)"
+    parts = "the rollout in parts (--config.rl.rollout_parts=4), " if stage == "rl" else ""
     return (
         f"more micro-batches (--config.{stage}.accumulate=8), recomputed blocks (--config.{stage}.remat=blocks), "
-        "parameters split over more devices (--config.mesh.fsdp=0), adapters alone trained (--config.lora.rank=64), or "
-        "fewer blocks of the same width (--blocks 8)"
+        f"{parts}parameters split over more devices (--config.mesh.fsdp=0), adapters alone trained "
+        "(--config.lora.rank=64), or fewer blocks of the same width (--blocks 8)"
     )

@@ -24,7 +24,7 @@ DOES_NOT_FIT = 3  # exit code
 @click.option("--config.KEY", "key", metavar="VALUE", expose_value=False, help="Sets a key of the config.")
 @click.option("--slice", "slice_name", metavar="SLICE", help="Chips and how many: v5e:4x8, v5p:2x2x4, h100:1x1x8.")
 @click.option("--stage", "stages", default="rl", show_default=True, metavar="S,..", help="Of rl, av, ar, extract.")
-@click.option("--search", is_flag=True, help="Try remat, micro-batches, meshes and LoRA until it fits.")
+@click.option("--search", is_flag=True, help="Try remat, micro-batches, rollout parts, meshes and LoRA until it fits.")
 @click.option("--quick", is_flag=True, help="Compile with the least effort: in a quarter of the time.")
 @click.option("--flops", is_flag=True, help="Print what the method saves in FLOPs, and compile nothing.")
 @click.option("--layer", type=click.IntRange(min=0), metavar="K", help="Of a target that is none of the released.")
