@@ -116,13 +116,13 @@ def test_joint_step_runs_the_plans_programs_on_each_others_results(rl_stage, mon
                 drawn.append(result)
             return result
 
-    config = next(p for p in rl_stage.programs if p.name == "reward").call({}).options["cfg"]
+    config = next(p for p in rl_stage.programs if p.name == "AV update").call({}).options["cfg"]
     monkeypatch.setattr(Program, "lower", spy)
     monkeypatch.setattr(bench_device_run, "Runner", Listening)
     found = measure(rl_stage, CONFIG["vocab_size"], rounds=1)
     assert found.refused is None
     assert lowered == [p.name for p in rl_stage.programs] == [t.name for t in found.timings]
-    assert [len(t.seconds) for t in found.timings] == [1] * 7
+    assert [len(t.seconds) for t in found.timings] == [1] * 6
     assert all(t.needs > 0 and t.compile_seconds > 0 for t in found.timings)
     # Twice, with the parameters of before and after the first update: what `rl.rollout` draws itself.
     assert len(drawn) == 4
@@ -155,11 +155,10 @@ def test_arrays_are_usable(rl_stage):
     assert not np.array_equal(layers["gate"], layers["up"])
     assert (np.asarray(layers["attn_norm"]) == 1).all()
     assert all((np.asarray(x) == 0).all() for path, x in update.items() if "opt" in path)
-    vectors = np.asarray(held["reward"]["batch", "vectors"])
+    of_texts = held["AR update"]
+    vectors = np.asarray(of_texts["batch", "vectors"])
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.sqrt(32), rel=0.4)
-    assert (
-        np.asarray(held["reward"]["batch", "valid"]).all() and not np.asarray(held["reward"]["batch", "failed"]).any()
-    )
+    assert np.asarray(of_texts["batch", "valid"]).all() and (np.asarray(of_texts["batch", "weight"]) == 1).all()
 
 
 def test_keys_and_options_that_are_arrays():
@@ -176,7 +175,7 @@ def test_keys_and_options_that_are_arrays():
     assert made["keys",].shape == (3,)
 
 
-@pytest.mark.parametrize("name", ["reward", "AV update"])
+@pytest.mark.parametrize("name", ["AR update", "AV update"])
 def test_what_does_not_fit_is_one_line(rl_stage, name, monkeypatch):
     class Full:
         def memory_analysis(self):

@@ -26,7 +26,16 @@ from nla_jax.models.sharding import MeshSettings, under
 from nla_jax.reconstructor import ARParams
 from nla_jax.train.adapted import trained_specs
 from nla_jax.train.layout import Layout, make_layout
-from nla_jax.train.rl import frozen, judge, policy_batch, policy_step, reference_logprobs, rollout, step_keys
+from nla_jax.train.rl import (
+    frozen,
+    judge,
+    policy_batch,
+    policy_step,
+    read_errors,
+    reference_logprobs,
+    rollout,
+    step_keys,
+)
 from nla_jax.train.state import create
 from nla_jax.train.steps import ar_step, av_step, lm_step
 
@@ -148,7 +157,7 @@ def rolled(mesh, family):
     texts = {k: x[:n] for k, x in cases.ar_batch().items() if k in ("tokens", "lengths")}
     batch = {**put({**texts, "failed": np.arange(n) % 5 == 1}), "vectors": vectors, "valid": put(np.ones(N, bool))}
     ar = placed(mesh, family, ar_params(family))
-    judged = judge(ar, batch, put(np.zeros(n, np.float32)), cfg=cfg)
+    judged = judge(read_errors(ar, batch, cfg=cfg), batch, put(np.zeros(n, np.float32)), cfg=cfg)
     rows = policy_batch(samples, vectors, judged, reference, cfg.av.norms)
     return jax.device_get((samples, reference, judged, rows)), samples
 

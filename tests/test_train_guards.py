@@ -12,7 +12,16 @@ import pytest
 import step_cases as cases
 from step_cases import gradient, same
 
-from nla_jax.train.rl import decode_layout, judge, policy_batch, policy_step, reference_logprobs, rollout, step_keys
+from nla_jax.train.rl import (
+    decode_layout,
+    judge,
+    policy_batch,
+    policy_step,
+    read_errors,
+    reference_logprobs,
+    rollout,
+    step_keys,
+)
 from nla_jax.train.steps import ar_step, av_step, lm_step
 
 POISON = {
@@ -117,7 +126,8 @@ def joint(v, ar=None, failed=(), valid=None, cfg=None):
     reference = reference_logprobs(*layout, samples, v, cfg=cfg)
     texts = {name: x for name, x in cases.ar_batch().items() if name in ("tokens", "lengths")}
     texts |= {"failed": np.isin(np.arange(N * G), failed), "valid": np.ones(N, bool) if valid is None else valid}
-    judged = judge(ar or cases.ar_params(), {**texts, "vectors": v}, np.zeros(N * G, np.float32), cfg=cfg)
+    batch = {**texts, "vectors": v}
+    judged = judge(read_errors(ar or cases.ar_params(), batch, cfg=cfg), batch, np.zeros(N * G, np.float32), cfg=cfg)
     return samples, judged, policy_batch(samples, v, judged, reference, cfg.av.norms)
 
 

@@ -23,7 +23,10 @@ from nla_jax.train.rl import (
     judge,
     policy_batch,
     policy_step,
+    read_errors,
     reference_logprobs,
+    regression_batch,
+    regression_step,
     rollout,
     step_keys,
 )
@@ -132,7 +135,9 @@ def ar_rows(v, samples, failed=()):
 def on_policy_batch(ar=None, **changes):
     v, samples, reference = rolled()
     cfg = cases.rl_config(**changes)
-    judged = judge(ar or cases.ar_params(), ar_rows(v, samples, failed=(2, 9)), np.zeros(N * G, np.float32), cfg=cfg)
+    batch = ar_rows(v, samples, failed=(2, 9))
+    errors = read_errors(ar or cases.ar_params(), batch, cfg=cfg)
+    judged = judge(errors, batch, np.zeros(N * G, np.float32), cfg=cfg)
     return policy_batch(samples, v, judged, reference, cfg.av.norms), judged
 
 
@@ -206,6 +211,25 @@ def test_samples_depend_on_seed_step_row_and_sample_alone():
 # Rewards, and what crosses
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_the_ar_learns_from_is_what_it_rewards(accumulate):
+    """The update's forward pass tells every sample's error before it, beside replayed pairs; else it is `ar_step`."""
+    v, samples, _ = rolled()
+    cfg = cases.rl_config(accumulate=accumulate)
+    batch = ar_rows(v, samples, failed=(0, 6, 7))
+    teacher = {name: x[:8] for name, x in cases.ar_batch(seed=5).items()}
+    rows = regression_batch(batch, teacher, samples=G)
+    after, told = regression_step(cases.state(cases.ar_params()), rows, cfg=cfg.ar)
+    expected, metrics = ar_step(cases.state(cases.ar_params()), rows, cfg=cfg.ar)
+    assert far(gradient(after), gradient(expected)) < 1e-5
+    assert {name: float(told[name]) for name in metrics} == pytest.approx(jax.tree.map(float, metrics), rel=LOSS)
+    errors = np.asarray(told["errors"])
+    assert errors.shape == (N * G + 8,)
+    np.testing.assert_allclose(errors[: N * G], read_errors(cases.ar_params(), batch, cfg=cases.rl_config()), rtol=LOSS)
+    weight = np.concatenate([~batch["failed"], np.ones(8)])
+    assert metrics["loss"] == pytest.approx((errors * weight).sum() / weight.sum(), rel=LOSS)
+
+
 @pytest.mark.parametrize(("kind", "accumulate"), [("neg_mse", 1), ("neg_log_mse", 4)])
 def test_judge_equals_numpy(kind, accumulate):
     """Errors by the float64 decoder, failed samples, a penalty, and an activation that is not valid."""
@@ -214,7 +238,7 @@ def test_judge_equals_numpy(kind, accumulate):
     batch["valid"] = np.asarray([True, True, True, False])
     penalty = np.linspace(0, 0.3, N * G).astype(np.float32)
     cfg = cases.rl_config(reward=kind, advantage="batch_std", accumulate=accumulate)
-    got = judge(cases.ar_params(), batch, penalty, cfg=cfg)
+    got = judge(read_errors(cases.ar_params(), batch, cfg=cfg), batch, penalty, cfg=cfg)
     head, errors = np.asarray(cases.ar_params().head, np.float64), np.zeros(N * G)
     for b, n in enumerate(batch["lengths"]):
         stream = decoder(hf_weights(cases.CASES["qwen2"]), cases.CASES["qwen2"], batch["tokens"][b, :n], n_layers=2)[0]

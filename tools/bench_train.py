@@ -186,7 +186,7 @@ def work(name: str, shapes: Shapes, cfg: ModelConfig, data: dict[str, np.ndarray
     decode = forward_flops(cfg, S * (R - 1), PROMPT + R / 2, head_tokens=S * (R - 1))
     tail = forward_flops(cfg, own, (PROMPT + MARKER) / 2, head_tokens=1)
     # The policy's prefix is computed for the rollout, and again with gradients; the frozen reference's once per run.
-    flops = prefix + N * tail + decode + rest + 3 * (prefix + rest) + 4 * reading
+    flops = prefix + N * tail + decode + rest + 3 * (prefix + rest) + 3 * reading  # the reward is of the update's pass
     unshared = S * (prefix + tail) + decode + 4 * (S * prefix + rest) + 4 * reading
     cache = 8.0 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * (MARKER + S * (own + R / 2))
     return Work(

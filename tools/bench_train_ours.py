@@ -225,16 +225,16 @@ class RL(_Program):
         reference = done("reference", rl.reference_logprobs(*self.reference, samples, vectors, cfg=cfg))
         batch = self._texts(np.asarray(samples.tokens), vectors)
         av, ar = self.state
-        judged = done("reward", rl.judge(ar.params, batch, jnp.zeros(len(batch["failed"])), cfg=cfg))
-        rows = rl.policy_batch(samples, vectors, judged, reference, cfg.av.norms)
-        av, of_av = done("policy update", rl.policy_step(av, rows, cfg=cfg))
         pairs = {
             **{name: batch[name] for name in ("tokens", "lengths")},
             "vectors": jnp.repeat(vectors, cfg.samples, axis=0),
             "valid": jnp.ones(len(batch["failed"]), bool),
             "weight": 1.0 - batch["failed"].astype(jnp.float32),
         }
-        ar, of_ar = done("AR update", ar_step(ar, pairs, cfg=cfg.ar))
+        ar, of_ar = done("reward and AR update", rl.regression_step(ar, pairs, cfg=cfg.ar))
+        judged = rl.judge(of_ar.pop("errors"), batch, jnp.zeros(len(batch["failed"])), cfg=cfg)
+        rows = rl.policy_batch(samples, vectors, judged, reference, cfg.av.norms)
+        av, of_av = done("policy update", rl.policy_step(av, rows, cfg=cfg))
         self.state = av, ar
         of_both = {**fetched(of_av), **{f"ar_{k}": v for k, v in fetched(of_ar).items()}}
         return {**of_both, "reward": float(judged.metrics["reward"])}

@@ -178,10 +178,18 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
         ),
         Program(
             "reward",
-            lambda out: Call(rl.judge, (whole(ar_params, base, lora), {**texts, **of_rows}, scores), {"cfg": cfg}),
+            lambda out: Call(rl.read_errors, (whole(ar_params, base, lora), {**texts, **of_rows}), {"cfg": cfg}),
             of_texts,
             given=(ar_params, base),
             varies=("accumulate",),
+        ),
+        Program(
+            "AR update",
+            lambda out: Call(rl.regression_step, (ar_state, regression, base), {"cfg": ar}, carries=0),
+            training(of_texts, weights_ar, model.trunk, n_ar, split, logits=0.0, **update),
+            given=(ar_state, base),
+            varies=UPDATE,
+            least=kept_bytes(model.trunk, n_ar, S * width / s.accumulate, split, bytes_, remat=s.remat),
         ),
         Program(
             "AV update",
@@ -191,19 +199,13 @@ def joint_rl(settings: RLSettings, model: Model, place: Place) -> Stage:
             varies=UPDATE,
             least=kept_bytes(model.cfg, n_av, tokens, split, bytes_, remat=s.remat),
         ),
-        Program(
-            "AR update",
-            lambda out: Call(steps.ar_step, (ar_state, regression, base), {"cfg": ar}, carries=0),
-            training(of_texts, weights_ar, model.trunk, n_ar, split, logits=0.0, **update),
-            given=(ar_state, base),
-            varies=UPDATE,
-            least=kept_bytes(model.trunk, n_ar, S * width / s.accumulate, split, bytes_, remat=s.remat),
-        ),
     )
     residents = {"AV state": av_state, "AR state": ar_state, "KL reference": reference}
     if base is not None:
         residents["base"] = base
-    kept = [p for p in programs if (s.train_av or p.name != "AV update") and (s.train_ar or p.name != "AR update")]
+    # What the AR learns from tells its errors too; only one that does not learn is read for them.
+    left_out = {"reward" if s.train_ar else "AR update", *(() if s.train_av else ("AV update",))}
+    kept = [p for p in programs if p.name not in left_out]
     return Stage("rl", tuple(kept), residents, S, s.compute_dtype)
 
 

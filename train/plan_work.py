@@ -215,7 +215,8 @@ def step_flops(stage: str, cfg: ModelConfig, layer: int, lengths: Lengths, sampl
     decode = forward(cfg, R - 1, prompt + R / 2, R - 1)
     # The frozen reference's prefix is computed once per run.
     reference = (own if method.shared_prefix else own + prefix) + logits
-    return prefill + decode + reference + 3 * (sequence + logits) + 4 * reading_ar
+    # The AR's update tells the errors that samples are rewarded for: what it reads is read once.
+    return prefill + decode + reference + 3 * (sequence + logits) + 3 * reading_ar
 
 
 VERSIONS = {

@@ -5,9 +5,12 @@ parameters, so the probability ratio is 1 up to rounding; `ratio_error` reports 
 
     samples = rollout(av, vectors, keys)          device: prefix once, one prefill per vector, G samples share it
     reference = reference_logprobs(...)           device, while the host decodes and parses the samples' text
-    judged = judge(ar, texts, vectors)            device: errors, rewards, advantages, from the AR before its update
-    av, _ = policy_step(av, ...)                  device
-    ar, _ = ar_step(ar, ...)                      device; no gradient crosses the text, in either direction
+    ar, told = regression_step(ar, ...)           device; told["errors"] are of the AR before this update
+    judged = judge(told["errors"], ...)           device: rewards, advantages
+    av, _ = policy_step(av, ...)                  device; no gradient crosses the text, in either direction
+
+What rewards a sample and what the AR learns from it is one forward pass of the AR. An AR that is not trained has
+`read_errors` instead.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from nla_jax.train.objectives import (
 )
 from nla_jax.train.settings import RLSettings
 from nla_jax.train.state import Metrics, TrainState, apply_gradients, cast, train_step
-from nla_jax.train.steps import ARConfig, AVConfig, av_logprobs, av_mask, guarded, prefix_fn
+from nla_jax.train.steps import ARConfig, AVConfig, av_logprobs, av_mask, guarded, prefix_fn, regression
 from nla_jax.verbalizer import sample_explanations
 
 
@@ -193,23 +196,40 @@ class Judged:
     metrics: Metrics
 
 
+@train_step
+def regression_step(
+    state: TrainState, batch: Batch, base: Params | None = None, *, cfg: ARConfig
+) -> tuple[TrainState, Metrics]:
+    """`ar_step` of a `regression_batch`. Metrics have `errors` too: mse_nrm of every row before the update."""
+    state, metrics, errors = regression(state, batch, base, cfg)
+    return state, {**metrics, "errors": errors}
+
+
 @on_its_mesh
 @functools.partial(jax.jit, static_argnames=("cfg",))
-def judge(ar: ARParams, batch: Batch, penalty_B: jax.Array, *, cfg: RLConfig) -> Judged:
-    """Rewards and advantages of samples. `batch`: `tokens` and `lengths` of the AR prompts [N * G, T], `vectors`
-    [N, D], `valid` [N], `failed` [N * G]; `penalty_B` is subtracted from each reward."""
-    G = cfg.samples
-    good = usable(batch["vectors"], cfg.ar.norms)
-    vectors = jnp.repeat(replace_unusable(batch["vectors"], good), G, axis=0)
-    used = good & batch["valid"]
-    weight = jnp.repeat(used.astype(jnp.float32), G)
+def read_errors(ar: ARParams, batch: Batch, *, cfg: RLConfig) -> jax.Array:
+    """mse_nrm [N * G] of samples, of an AR that is not trained. `batch`: `tokens` and `lengths` of the AR prompts
+    [N * G, T], `vectors` [N, D]."""
+    vectors = _per_sample(batch["vectors"], cfg.ar.norms, cfg.samples)
     ar = cast(ar, cfg.ar.compute_dtype)
 
     def read(rows: Batch) -> jax.Array:
         return reconstruct(ar, rows["tokens"], rows["lengths"], cfg.ar.model)
 
     texts = {name: batch[name] for name in ("tokens", "lengths")}
-    errors = mse_nrm(in_micro_batches(read, texts, cfg.ar.accumulate), vectors, cfg.ar.mse_scale)
+    return mse_nrm(in_micro_batches(read, texts, cfg.ar.accumulate), vectors, cfg.ar.mse_scale)
+
+
+@on_its_mesh
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def judge(errors: jax.Array, batch: Batch, penalty_B: jax.Array, *, cfg: RLConfig) -> Judged:
+    """Rewards and advantages of samples, from their `errors` (the first N * G). `batch`: `vectors` [N, D], `valid` [N],
+    `failed` [N * G]; `penalty_B` is subtracted from each reward."""
+    G = cfg.samples
+    good = usable(batch["vectors"], cfg.ar.norms)
+    used = good & batch["valid"]
+    weight = jnp.repeat(used.astype(jnp.float32), G)
+    errors = errors[: len(weight)]
     # An AR that has broken down (NaN) must not pass its state on through the rewards.
     failed = batch["failed"] | ~jnp.isfinite(errors)
     errors = jnp.where(failed, 2.0, errors)

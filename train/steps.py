@@ -104,9 +104,17 @@ def _predicts(batch: Batch) -> jax.Array:
 def ar_step(
     state: TrainState, batch: Batch, base: Params | None = None, *, cfg: ARConfig
 ) -> tuple[TrainState, Metrics]:
-    """One regression step of the AR: mean mse_nrm of the valid rows (an `ar_sft` batch; RL adds `weight` [B]).
+    """One regression step of the AR: mean mse_nrm of the valid rows (an `ar_sft` batch).
 
     `base`: the frozen weights that adapters are trained on (train/adapted.py)."""
+    state, metrics, _ = regression(state, batch, base, cfg)
+    return state, metrics
+
+
+def regression(
+    state: TrainState, batch: Batch, base: Params | None, cfg: ARConfig
+) -> tuple[TrainState, Metrics, jax.Array]:
+    """What `ar_step` does, and the mse_nrm of every row under the parameters before it. RL adds `weight` [B]."""
     batch = guarded(batch, cfg.norms)
     total = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
 
@@ -114,11 +122,11 @@ def ar_step(
         ar = cast(whole(trained, base, cfg.lora), cfg.compute_dtype)
         predicted = predict(ar, micro, cfg.model, remat=cfg.remat)
         errors = mse_nrm(predicted, micro["vectors"], cfg.mse_scale)
-        return jnp.sum(errors * micro["weight"]) / total, {}
+        return jnp.sum(errors * micro["weight"]) / total, {"errors": errors}
 
-    value, _, grads = gradients(loss, state.params, batch, accumulate=cfg.accumulate)
+    value, told, grads = gradients(loss, state.params, batch, accumulate=cfg.accumulate)
     state, metrics = apply_gradients(state, grads, cfg.optim)
-    return state, {"loss": value, "bad_vectors": jnp.sum(batch["bad"]), **metrics}
+    return state, {"loss": value, "bad_vectors": jnp.sum(batch["bad"]), **metrics}, told["errors"]
 
 
 def guarded(batch: Batch, norms: tuple[float, float]) -> Batch:

@@ -32,14 +32,15 @@ from nla_jax.train.rl import (
     judge,
     policy_batch,
     policy_step,
+    read_errors,
     reference_logprobs,
     regression_batch,
+    regression_step,
     rollout,
     step_keys,
 )
 from nla_jax.train.settings import RLSettings
 from nla_jax.train.state import Metrics, TrainState, create
-from nla_jax.train.steps import ar_step
 from nla_jax.train.task_sft import step_config
 from nla_jax.train.texts import Texts, ar_prompts, ar_width, decode_texts, make_reader, widened
 from nla_jax.transforms import apply
@@ -167,7 +168,14 @@ class RLTask:
         ar_batch = {**self._ar_batch(texts, found), **of_rows}
         reads = whole(state.ar.params, base, cfg.ar.lora)
         penalty, claim_metrics = self._penalties(reads, texts, found, batch["rl"]["vectors"])
-        judged = judge(reads, ar_batch, self.layout.put(penalty, len(samples.tokens)), cfg=cfg)
+        av, ar = state.av, state.ar
+        of_ar: Metrics = {}
+        if s.train_ar:
+            ar, of_ar = regression_step(ar, self._regression_rows(ar_batch, batch), base, cfg=cfg.ar)
+            errors = of_ar.pop("errors")
+        else:
+            errors = read_errors(reads, ar_batch, cfg=cfg)
+        judged = judge(errors, ar_batch, self.layout.put(penalty, len(samples.tokens)), cfg=cfg)
         lengths = of_all({"sum": found.lengths.sum(), "n": len(found.lengths)})
         metrics: Metrics = {
             **judged.metrics,
@@ -175,7 +183,6 @@ class RLTask:
             "fve_nrm": 1.0 - judged.metrics["mse_nrm"] / self.variance,
             "length": jnp.asarray(lengths["sum"].sum() / lengths["n"].sum(), jnp.float32),
         }
-        av, ar = state.av, state.ar
         if s.train_av:
             replay = self._on_devices("av", batch["av"]) if "av" in batch else None
             rows = policy_batch(samples, vectors, judged, reference, cfg.av.norms)
@@ -184,14 +191,15 @@ class RLTask:
             metrics |= {name if name in _PLAIN else f"av/{name}": value for name, value in of_av.items()}
             metrics["skipped"] = skipped
         if s.train_ar:
-            pairs = self._on_devices("ar", batch["ar"]) if "ar" in batch else None
-            multiple = self.layout.shards * s.accumulate if self.layout.shards > 1 else 1
-            rows = regression_batch(ar_batch, pairs, samples=s.samples, multiple=multiple)
-            ar, of_ar = ar_step(ar, rows, base, cfg=cfg.ar)
             of_ar.pop("bad_vectors")
             metrics["skipped"] = metrics.get("skipped", 0) + of_ar.pop("skipped")
             metrics |= {f"ar/{name}": value for name, value in of_ar.items()}
         return JointState(av=av, ar=ar), metrics
+
+    def _regression_rows(self, ar_batch: dict[str, jax.Array], batch: dict[str, Any]) -> dict[str, jax.Array]:
+        pairs = self._on_devices("ar", batch["ar"]) if "ar" in batch else None
+        multiple = self.layout.shards * self.settings.accumulate if self.layout.shards > 1 else 1
+        return regression_batch(ar_batch, pairs, samples=self.settings.samples, multiple=multiple)
 
     def _transformed(self, texts: list[str], number: int) -> list[str]:
         """What the AR reads in the place of the explanations.
