@@ -148,6 +148,9 @@ def test_versions_by_hand():
     # In RL the log-probabilities of the policy, thrice, and of the reference.
     rl = table["rl"]["without response-only logits"] - table["rl"]["nla_jax"]
     assert rl == pytest.approx(4 * 2 * head_size(cfg) * 9)
+    # A third of the AR's update more, where it reads once more.
+    more = table["rl"]["without rewards from the update"] - table["rl"]["nla_jax"]
+    assert more == pytest.approx(ar["nla_jax"] / 3)
 
 
 def test_work_defaults_to_nothing():

@@ -122,17 +122,14 @@ def _cells(found: dict[str, Any]) -> str:
 
 def scaling_table(results: dict[str, Any]) -> list[str]:
     """Markdown: what a chip sends and holds in a step, as copies are added."""
-    lines = ["| chips | copies | GB sent: rollout | reward, reference | AV update | AR update | GiB of a chip |"]
+    lines = ["| chips | copies | GB sent: rollout | reference | AR update | AV update | GiB of a chip |"]
     lines.append("|---|---|---|---|---|---|---|")
     for shape in SCALING:
         found = results.get(f"weak scaling v5p:{shape}")
         if found is None:
             continue
         sent = {name: sum(kinds.values()) / 1e9 for name, kinds in found["sent"].items()}
-        parts = [
-            *(("re-layout", "rollout"), ("reference log-probs", "reward")),
-            *(("AV update",), ("AR update",)),
-        ]
+        parts = [("re-layout", "rollout"), ("reference log-probs",), ("AR update",), ("AV update",)]
         cells = [f"{sum(sent.get(name, 0.0) for name in names):.1f}" for names in parts]
         chips = found["chips"]
         lines.append(f"| {chips} | {chips // SCALED} | {' | '.join(cells)} | {found['needs'] / _GIB:.1f} |")

@@ -180,11 +180,12 @@ def kept_bytes(cfg: ModelConfig, size: int, tokens: float, split: Split, width: 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Which of the three savings a version has."""
+    """Which of the savings a version has."""
 
     shared_prefix: bool = True
     truncated_trunk: bool = True
     response_logits: bool = True
+    reward_from_update: bool = True
 
 
 def step_flops(stage: str, cfg: ModelConfig, layer: int, lengths: Lengths, samples: int, method: Method) -> float:
@@ -193,7 +194,8 @@ def step_flops(stage: str, cfg: ModelConfig, layer: int, lengths: Lengths, sampl
 
     Without the shared prefix every sample reads its whole prompt, in sampling and in training; without the truncated
     trunk the AR and extraction run all blocks; without response-only logits the log-probabilities of a sample are read
-    off the logits of its whole sequence, as a model's forward function gives them."""
+    off the logits of its whole sequence, as a model's forward function gives them; without rewards from the update the
+    AR reads every sample once more for them."""
     trunk = cfg.truncated(layer + 1) if method.truncated_trunk else cfg
     R, tail, before, prompt = lengths.response, lengths.tail, lengths.marker, lengths.prompt
     head = cfg.d_model**2 * 2.0
@@ -215,8 +217,8 @@ def step_flops(stage: str, cfg: ModelConfig, layer: int, lengths: Lengths, sampl
     decode = forward(cfg, R - 1, prompt + R / 2, R - 1)
     # The frozen reference's prefix is computed once per run.
     reference = (own if method.shared_prefix else own + prefix) + logits
-    # The AR's update tells the errors that samples are rewarded for: what it reads is read once.
-    return prefill + decode + reference + 3 * (sequence + logits) + 3 * reading_ar
+    readings = 3 if method.reward_from_update else 4
+    return prefill + decode + reference + 3 * (sequence + logits) + readings * reading_ar
 
 
 VERSIONS = {
@@ -224,7 +226,8 @@ VERSIONS = {
     "without shared prefix": Method(shared_prefix=False),
     "without truncated trunk": Method(truncated_trunk=False),
     "without response-only logits": Method(response_logits=False),
-    "without any": Method(False, False, False),
+    "without rewards from the update": Method(reward_from_update=False),
+    "without any": Method(False, False, False, False),
 }
 
 
