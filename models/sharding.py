@@ -218,6 +218,22 @@ def lay_out(params: Any, specs: Any, cfg: ModelConfig, rules: Rules = RULES) -> 
     return jax.tree.map(one, specs, params, is_leaf=_is_spec)
 
 
+def lay_out_by_layer(params: Any, specs: Any, cfg: ModelConfig, rules: Rules) -> Any:
+    """`lay_out`, block by block: what is gathered of stacked parameters lies twice in memory for one block at a time,
+    not for all of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return params
+    table = rules_for(cfg, mesh, rules)
+
+    def one(spec: ParamSpec, x: Any) -> Any:
+        if spec.axes[0] != "layers":
+            return x
+        return jax.tree.map(lambda y: jax.lax.map(lambda z: constrain(z, *spec.axes[1:], rules=table), y), x)
+
+    return lay_out(jax.tree.map(one, specs, params, is_leaf=_is_spec), specs, cfg, rules)
+
+
 def _is_spec(x: Any) -> bool:
     return isinstance(x, ParamSpec)
 

@@ -26,7 +26,17 @@ from flax import struct
 from nla_jax.models.cache import Prefix
 from nla_jax.models.params import Params, param_specs
 from nla_jax.models.sampler import Samples, row_keys
-from nla_jax.models.sharding import DECODE, constrain, constrain_rows, lay_out, mesh_of, on_its_mesh, replicated, under
+from nla_jax.models.sharding import (
+    DECODE,
+    constrain,
+    constrain_rows,
+    lay_out,
+    lay_out_by_layer,
+    mesh_of,
+    on_its_mesh,
+    replicated,
+    under,
+)
 from nla_jax.reconstructor import ARParams, reconstruct
 from nla_jax.train.adapted import trained_specs, whole
 from nla_jax.train.gradients import Batch, gradients, in_micro_batches
@@ -110,7 +120,7 @@ def lay_out_to_decode(
     def gathered(tree: Any, specs: Any) -> Any:
         # Cast where they lie, so that what is gathered is the compute dtype.
         narrow = lay_out(cast(tree, cfg.compute_dtype), specs, cfg.model)
-        return lay_out(narrow, specs, cfg.model, DECODE)
+        return lay_out_by_layer(narrow, specs, cfg.model, DECODE)
 
     prefix = prefix_fn(cfg, base)(trained)
     apart = base is not None and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
