@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from nla_jax.models.config import ModelConfig
-from nla_jax.tools import bench_train, bench_worker
+from nla_jax.tools import bench, bench_train, bench_worker
 from nla_jax.tools.bench import hf_config
 
 TINY = {
@@ -115,3 +115,9 @@ def test_our_side_of_every_step(tmp_path, monkeypatch):
     av = report["rows"][0]["check"]["ours"]
     assert abs(av[0]["loss"] - np.log(64)) < 1.5  # random weights know nothing
     assert "AV SFT: sharing the prefix saves" in result.output and "torch and transformers are not" in result.output
+
+
+@pytest.mark.parametrize("program", ["train", "infer", "data"])
+def test_an_unknown_program_is_refused(program):
+    result = CliRunner().invoke(bench.main, [program, "--only", "av,xyz"])
+    assert result.exit_code == 2 and "av,xyz: expected some of " in result.output

@@ -50,10 +50,12 @@ from nla_jax.models.sampler import row_keys
 from nla_jax.models.transformer import residual
 from nla_jax.prompt import AVPrompt
 from nla_jax.reconstructor import ARParams, init_head, reconstruct_jit
+from nla_jax.tools.options import some_of
 from nla_jax.verbalizer import av_prefix_jit, sample_explanations
 
 LAYER, PROMPT, MARKER, RESPONSE, AR_LENGTH = 20, 125, 111, 150, 126
 INJECTION_SCALE = 150.0
+PROGRAMS = ("extract", "explain", "reconstruct")
 
 
 def hf_config(scale: int) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def main() -> None:
 @click.option("--documents", default="8x256", help="Extraction batch: documents x tokens.")
 @click.option("--av-batch", default="1,8,32", help="Vectors explained together, one row of the table each.")
 @click.option("--ar-batch", default=32, help="Texts reconstructed together.")
-@click.option("--only", default="extract,explain,reconstruct", help="Which programs to run.")
+@click.option("--only", default=",".join(PROGRAMS), callback=some_of(*PROGRAMS), help="Which programs to run.")
 @click.option("--torch/--no-torch", "use_torch", default=None, help="Compare with torch (default: if installed).")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
 def infer(
@@ -176,7 +178,7 @@ def infer(
     documents: str,
     av_batch: str,
     ar_batch: int,
-    only: str,
+    only: list[str],
     use_torch: bool | None,
     json_path: Path | None,
 ) -> None:
@@ -193,13 +195,12 @@ def infer(
             hf.save_model(params, cfg, config, Path(folder) / "model")
             other = peer.Programs(Path(folder) / "model", LAYER)
         limits = {"peak_flops": peak_flops(), "bandwidth": bandwidth()}
-        wanted = [w.strip() for w in only.split(",")]
-        if "extract" in wanted:
+        if "extract" in only:
             B, T = (int(n) for n in documents.split("x"))
             rows.append(_extract(params, cfg, other, rounds, B, T))
-        if "explain" in wanted:
+        if "explain" in only:
             rows += [_explain(params, cfg, other, rounds, int(b)) for b in av_batch.split(",")]
-        if "reconstruct" in wanted:
+        if "reconstruct" in only:
             rows.append(_reconstruct(params, cfg, other, rounds, ar_batch))
     for row in rows:
         row["limit_s"] = max(row["flops"] / limits["peak_flops"], row["bytes"] / limits["bandwidth"])

@@ -49,8 +49,10 @@ from nla_jax.models.params import init_params
 from nla_jax.store import Store
 from nla_jax.tools.bench import LAYER, alternate, hf_config
 from nla_jax.tools.bench_data_reads import export, pipeline, random_store, readers
+from nla_jax.tools.options import some_of
 
 BATCH, THREADS, PREFETCH = 256, 2, 4
+MEASURED = ("extract", "read", "memory", "size")
 C4 = Path(__file__).resolve().parents[2] / "shared" / "data" / "corpus" / "c4-train-00000-of-01637.parquet"
 # The peak of this process alone: what getrusage gives begins with that of the process which started it.
 _MEMORY = """
@@ -67,7 +69,7 @@ print(rows, start, peak())
 
 
 @click.command()
-@click.option("--only", default="extract,read,memory,size", help="Which measurements to make.")
+@click.option("--only", default=",".join(MEASURED), callback=some_of(*MEASURED), help="Which measurements to make.")
 @click.option("--rows", default=100_000, help="Rows of the large store.")
 @click.option("--small-rows", default=10_000, help="Rows of the small store.")
 @click.option("--d-model", default=3584, help="Width of the stores' vectors.")
@@ -82,31 +84,30 @@ print(rows, start, peak())
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to put temporary files.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
 def main(
-    only: str, quick: bool, folder: Path | None, json_path: Path | None, use_torch: bool | None, **sizes: Any
+    only: list[str], quick: bool, folder: Path | None, json_path: Path | None, use_torch: bool | None, **sizes: Any
 ) -> None:
     """Measures extraction, reading, memory and size of activation data."""
     if quick:
         sizes.update(rows=2000, small_rows=1000, d_model=256, documents=4, max_tokens=96, rounds=1, batch_tokens=256)
-    wanted = [w.strip() for w in only.split(",")]
     console = Console(width=None if Console().is_terminal else 120)
     report: dict[str, Any] = {"settings": {**sizes, "batch": BATCH, "threads": THREADS, "prefetch": PREFETCH}}
     report["load_average"] = os.getloadavg()
     with tempfile.TemporaryDirectory(dir=folder, prefix="nla_bench_") as name:
         place = Path(name)
-        if "extract" in wanted:
+        if "extract" in only:
             report["extract"] = measure_extract(place, use_torch, sizes)
-        if {"read", "memory", "size"} & set(wanted):
+        if {"read", "memory", "size"} & set(only):
             stores = {
                 n: random_store(place / f"{n}", n, sizes["d_model"]) for n in (sizes["small_rows"], sizes["rows"])
             }
             large = stores[sizes["rows"]]
-            if "memory" in wanted:
+            if "memory" in only:
                 report["memory"] = [measure_memory(store) for store in stores.values()]
-            if {"read", "size"} & set(wanted):
+            if {"read", "size"} & set(only):
                 paths = export(large, place)
-                if "read" in wanted:
+                if "read" in only:
                     report["read"] = measure_reads(large, paths, sizes["rounds"], 4 if quick else 200)
-                if "size" in wanted:
+                if "size" in only:
                     report["size"] = measure_size(large, paths)
     for table in tables(report):
         console.print(table)

@@ -52,6 +52,7 @@ from nla_jax.tools.bench import (
     peak_flops,
 )
 from nla_jax.tools.bench_worker import Worker, take_turns
+from nla_jax.tools.options import some_of
 
 OURS, TORCH = "nla_jax.tools.bench_train_ours", "nla_jax.tools.bench_train_torch"
 # Tokens of the AR's template before and after the explanation, in the released Qwen pair.
@@ -204,7 +205,7 @@ def work(name: str, shapes: Shapes, cfg: ModelConfig, data: dict[str, np.ndarray
 
 
 @click.command()
-@click.option("--only", default="av,ar,rl", help="Which programs to run.")
+@click.option("--only", default="av,ar,rl", callback=some_of(*NAMES), help="Which programs to run.")
 @click.option("--rounds", default=3, help="Measured steps per program; the median counts.")
 @click.option(
     "--scale", default="8", type=click.Choice(["1", "2", "4", "8"]), help="Divide the released widths by this."
@@ -220,7 +221,7 @@ def work(name: str, shapes: Shapes, cfg: ModelConfig, data: dict[str, np.ndarray
 @click.option("--torch/--no-torch", "use_torch", default=None, help="Compare with torch (default: if installed).")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
 def main(
-    only: str,
+    only: list[str],
     rounds: int,
     scale: str,
     blocks: int,
@@ -230,9 +231,6 @@ def main(
     **sizes: int,
 ) -> None:
     """Times supervised and joint-RL training steps; prints ratios against torch and the hardware."""
-    names = [n.strip() for n in only.split(",")]
-    if not set(names) <= set(NAMES):
-        raise click.BadParameter(f"{only}: expected some of {','.join(NAMES)}", param_hint="--only")
     found = all(importlib.util.find_spec(m) for m in ("torch", "transformers"))
     if use_torch and not found:
         raise click.ClickException("torch and transformers are not installed. Try: pip install '.[parity]'")
@@ -247,7 +245,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="nla_bench_") as place:
         folder = Path(place)
         _write(folder, shapes, cfg, config, data)
-        for name in names:
+        for name in only:
             accounted = work(name, shapes, cfg, data)
             row = measure(name, folder, shapes.threads, rounds, compare, parts)
             report["rows"].append({**row, **_rates(row, accounted, report["limits"])})

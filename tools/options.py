@@ -36,6 +36,18 @@ def options(*items: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def some_of(*known: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """A callback for an option that lists some of these names with commas."""
+
+    def names(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
+        given = [name.strip() for name in value.split(",")]
+        if not set(given) <= set(known):
+            raise click.BadParameter(f"{value}: expected some of {','.join(known)}", ctx, param)
+        return given
+
+    return names
+
+
 def temperature(ctx: click.Context, param: click.Parameter, value: float) -> float:
     if not 0 <= value < math.inf:
         raise InputError("--temperature", expected="0 (greedy) or more", got=value)
